@@ -1,0 +1,32 @@
+"""The l1 norm and its soft threshold."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from firmly.prox.prior import Prior, sum_over_sample
+
+
+class L1(Prior):
+    """g(x) = sum_i weight_i |x_i|; prox = soft threshold z max(1 - t weight / |z|, 0), also for complex z.
+
+    `weight` is a non-negative number, or a tensor that broadcasts against one sample (weighted l1); a tensor may be a
+    learnable parameter. Source: Combettes and Pesquet, Proximal splitting methods in signal processing, 2011, table 10.2.
+    """
+
+    def __init__(self, weight: float | Tensor = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def value(self, x: Tensor) -> Tensor:
+        return sum_over_sample(self.weight * x.abs())
+
+    def _prox(self, z: Tensor, step: float | Tensor) -> Tensor:
+        return soft_threshold(z, step * self.weight)
+
+
+def soft_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:
+    """z max(1 - threshold / |z|, 0): shrinks the magnitude of every entry, real or complex."""
+    if z.is_complex():
+        return z.sgn() * (z.abs() - threshold).clamp(min=0)
+    return z.sign() * (z.abs() - threshold).clamp(min=0)
