@@ -33,3 +33,7 @@ class DataError(FirmlyError, ValueError):
 
 class SettingsError(FirmlyError, ValueError):
     """A setting that does not exist or has a value out of its range."""
+
+
+class StorageError(FirmlyError, OSError):
+    """A file that could not be written or read: a full disk, a missing permission."""
