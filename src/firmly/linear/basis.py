@@ -30,6 +30,7 @@ class Basis:
     blocks: int
     track: bool
     device: torch.device
+    coordinates: str | None = None  # what `rows` and `columns` are called when a map does not say
 
     def channels(self, shape: Sequence[int]) -> int:
         """Coordinates per block of a tensor of this shape (without batch), or `NotDiagonal`."""
@@ -45,11 +46,13 @@ class Basis:
 
     def bounded(self, value: Tensor, error: Tensor, rows: str | None = None, columns: str | None = None) -> Symbol:
         """A symbol with the given bound of its error, (blocks,) or (1,)."""
+        rows, columns = rows or self.coordinates, columns or self.coordinates
         return Symbol(value, error.detach() if self.track else None, rows, columns)
 
     def identity(self, shape: Sequence[int]) -> Symbol:
-        size = self.channels(shape)
-        return self.exact(torch.eye(size, dtype=torch.float64, device=self.device)[None])
+        """The identity, which fits any coordinates."""
+        eye = torch.eye(self.channels(shape), dtype=torch.float64, device=self.device)
+        return Symbol(eye[None], torch.zeros(1, dtype=torch.float64, device=self.device) if self.track else None)
 
 
 class Dense(Basis):
@@ -70,10 +73,12 @@ class Fourier(Basis):
     """Discrete frequencies of tensors (channel, *spatial): shift-invariant maps act on each one alone.
 
     For real data the frequencies f and -f give complex-conjugate blocks, so that half of them suffice; with
-    `full=True` (complex data) all are kept. The coordinates are those of the *unitary* transform.
+    `full=True` (complex data) all are kept. The coordinates are those of the *unitary* transform. Images are said to have
+    "pixel" coordinates, data of a Fourier sampling "frequency" coordinates: both have the same blocks, and do not mix.
     """
 
     name = "fourier"
+    coordinates = "pixel"
 
     def __init__(
         self, spatial: Sequence[int], full: bool = False, track: bool = True, device: torch.device | str = "cpu"
@@ -97,9 +102,32 @@ class Fourier(Basis):
         transform = torch.fft.fftn(kernel, dim=axes) if self.full else torch.fft.rfftn(kernel, dim=axes)
         return transform.flatten(-len(self.spatial))
 
+    def response(self, kernel: Tensor, origin: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Frequency response of x -> sum_j kernel[j] x[. + j - origin], and a bound of its error.
+
+        For real kernels (..., *size): values (..., blocks), error (...). A sum over the few taps, axis by axis, has a
+        smaller and simpler error than a fast transform: at most a few units of rounding times the sum of |kernel|.
+        """
+        axes = len(self.spatial)
+        taps = kernel.shape[-axes:]
+        kernel = kernel.to(self.device, torch.float64)
+        value = kernel.to(torch.complex128)
+        for size, kept, count, centre in zip(self.spatial, self.grid, taps, origin):
+            value = torch.tensordot(value, _waves(size, kept, count, centre, self.device), dims=([-axes], [0]))
+        rounding = 4 * torch.finfo(torch.float64).eps * (sum(taps) + 4 * axes + 4)
+        return value.flatten(-axes), rounding * kernel.detach().abs().flatten(-axes).sum(-1)
+
     def sample(self, values: Tensor) -> Tensor:
         """Values on the full grid of frequencies (..., *spatial), restricted to the blocks kept: (..., blocks)."""
         return values[..., : self.grid[-1]].flatten(-len(self.spatial))
+
+
+def _waves(size: int, kept: int, count: int, centre: int, device: torch.device) -> Tensor:
+    """exp(2 pi i f (j - centre) / size), taps j against frequencies f; the angle is reduced in integers, hence exact."""
+    turns = (torch.arange(count, device=device) - centre)[:, None] * torch.arange(kept, device=device) % size
+    turns = torch.where(2 * turns > size, turns - size, turns)
+    angle = turns.to(torch.float64) * (2 * math.pi / size)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 class Singular(Basis):

@@ -37,6 +37,18 @@ class LinearMap(nn.Module):
         self.codomain: Shape = tuple(int(n) for n in codomain)
         self.__dict__["_adjoint"] = None  # not a registered child: it would contain its own parent
 
+    def hold(self, name: str, value: Tensor) -> None:
+        """Keep a tensor of the map under this name: a parameter as parameter, any other as buffer."""
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        else:
+            self.register_buffer(name, value)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the map gives complex data also for real input; so does a map built from such a map."""
+        return any(m.is_complex for m in self.children() if isinstance(m, LinearMap))
+
     # -- what a subclass provides ------------------------------------------------------------------------------
 
     def _apply_map(self, x: Tensor) -> Tensor:  # (batch, *domain) -> (batch, *codomain)
@@ -139,10 +151,9 @@ class Adjoint(LinearMap):
         return self.of.symbol(basis).H
 
 
-@torch.no_grad()
 def matrix_of(linear_map: LinearMap) -> Tensor:
     size = math.prod(linear_map.domain)
-    dtype = torch.complex128 if getattr(linear_map, "is_complex", False) else torch.float64
+    dtype = torch.complex128 if linear_map.is_complex else torch.float64
     tensors = [*linear_map.parameters(), *linear_map.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     columns = linear_map(torch.eye(size, dtype=dtype, device=device).reshape(size, *linear_map.domain))

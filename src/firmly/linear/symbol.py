@@ -20,8 +20,9 @@ class Symbol:
     `value` has shape (blocks, rows, columns), or (1, rows, columns) when it is the same on every block.
     `error` has shape (blocks,) or (1,): the exact matrix differs from `value` by at most `error` in
     spectral norm. `None` means that errors are not tracked (fast searches; never in a certificate).
-    `rows` and `columns` name the coordinates on either side (for example "pixels" and "frequencies");
-    `None` fits any. A product of symbols whose coordinates do not meet raises `NotDiagonal`.
+    `rows` and `columns` name the coordinates on either side (for example "pixel" and "frequency"). Both are `None`
+    for what acts alike in all coordinates, the identity. A product or sum whose coordinates do not meet raises
+    `NotDiagonal`: the identity plus a map from pixels to frequencies has no symbol.
     """
 
     __slots__ = ("value", "error", "rows", "columns")
@@ -37,23 +38,28 @@ class Symbol:
         return torch.linalg.vector_norm(self.value.detach(), dim=(1, 2))
 
     def __matmul__(self, other: Symbol) -> Symbol:
-        columns = meet(self.columns, other.rows)
+        if self.rows is not None and other.rows is not None:
+            meet(self.columns, other.rows)
+        if self.value.shape[2] != other.value.shape[1]:
+            raise NotDiagonal(f"blocks {tuple(self.value.shape[1:])} and {tuple(other.value.shape[1:])} do not multiply")
         value = _matmul(self.value, other.value)
         error = None
         if self.error is not None and other.error is not None:
             left, right = self.frobenius(), other.frobenius()
             rounding = _gamma(self.value.shape[2], value.dtype) * left * right
             error = self.error * (right + other.error) + left * other.error + rounding
-        del columns
-        return Symbol(value, error, self.rows, other.columns)
+        rows = other.rows if self.rows is None else self.rows
+        columns = self.columns if other.columns is None else other.columns
+        return Symbol(value, error, rows, columns)
 
     def __add__(self, other: Symbol) -> Symbol:
+        rows, columns = meet_pair(self, other)
         value = self.value + other.value
         error = None
         if self.error is not None and other.error is not None:
             rounding = _gamma(1, value.dtype) * torch.linalg.vector_norm(value.detach(), dim=(1, 2))
             error = self.error + other.error + rounding
-        return Symbol(value, error, meet(self.rows, other.rows), meet(self.columns, other.columns))
+        return Symbol(value, error, rows, columns)
 
     def scale(self, factor: float | Tensor) -> Symbol:
         """factor times this symbol; the factor is a number taken as exact."""
@@ -70,22 +76,41 @@ class Symbol:
         return Symbol(self.value.mH, self.error, self.columns, self.rows)
 
     def inverse(self) -> Symbol:
-        """Inverse of every (square) block, with the error bound |X^-1| |E| |X^-1| / (1 - |X^-1| |E|)."""
+        """Inverse of every (square) block; its error from the residual Y X - I, whatever computed Y.
+
+        |Y - X^-1| <= |Y| r / (1 - r) with r >= |Y X - I|, r < 1; infinite where that fails.
+        """
+        if self.value.shape[1] != self.value.shape[2]:
+            raise NotDiagonal(f"blocks {tuple(self.value.shape[1:])} are not square and have no inverse")
+        if self.rows != self.columns:
+            raise NotDiagonal(f"no inverse from '{self.rows}' to '{self.columns}': the two sides have no common coordinates")
         value = 1 / self.value if self.value.shape[1] == 1 else torch.linalg.inv(self.value)
         error = None
         if self.error is not None:
-            size = torch.linalg.vector_norm(value.detach(), dim=(1, 2))
             n = self.value.shape[1]
-            conditioned = size * (self.error + 8 * _gamma(n, value.dtype) * n * self.frobenius())
-            error = torch.where(conditioned < 0.5, 2 * size * conditioned, torch.inf)
-        return Symbol(value, error, self.columns, self.rows)
+            exact = self.value.detach()
+            size = torch.linalg.vector_norm(value.detach(), dim=(1, 2))
+            eye = torch.eye(n, dtype=exact.dtype, device=exact.device)
+            residual = torch.linalg.vector_norm(value.detach() @ exact - eye, dim=(1, 2))
+            residual = residual + size * (self.error + _gamma(n, value.dtype) * self.frobenius())
+            error = torch.where(residual < 0.5, size * residual / (1 - residual) * (1 + 1e-12), torch.inf)
+        return Symbol(value, error, self.rows, self.columns)
 
 
 def meet(left: str | None, right: str | None) -> str | None:
-    """The common name of two coordinate systems; `None` fits any, two different names do not meet."""
-    if left is not None and right is not None and left != right:
+    """The common name of two coordinate systems; two different names do not meet."""
+    if left != right:
         raise NotDiagonal(f"coordinates '{left}' and '{right}' do not meet: the maps share no common basis here")
-    return left if left is not None else right
+    return left
+
+
+def meet_pair(first: Symbol, second: Symbol) -> tuple[str | None, str | None]:
+    """Rows and columns of a sum: equal on both sides, where the identity takes any that are the same on its two sides."""
+    if first.rows is None and first.columns is None:
+        return meet(second.rows, second.columns), second.columns
+    if second.rows is None and second.columns is None:
+        return meet(first.rows, first.columns), first.columns
+    return meet(first.rows, second.rows), meet(first.columns, second.columns)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

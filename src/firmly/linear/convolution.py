@@ -1,0 +1,119 @@
+"""Convolutions (cross-correlations, as everywhere in deep learning) with circular, zero or reflecting borders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from firmly.errors import NotDiagonal, ShapeError
+from firmly.linear.basis import Basis, Fourier
+from firmly.linear.map import LinearMap
+from firmly.linear.symbol import Symbol
+
+Padding = Literal["circular", "zero", "reflect"]
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class Convolution(LinearMap):
+    """(A x)_o[i] = sum_c sum_j kernel[o, c, j] x_c[i + j - centre], with centre = size // 2 along each axis.
+
+    This is torch's cross-correlation with an output as large as the input. `shape` is the domain (channel, *spatial), with
+    one to three spatial axes. The real kernel is (out, in, *size), or (*size) to filter every channel alike; it may be a learnable
+    parameter. `padding` says what lies beyond the border: the other side ("circular"), nothing ("zero") or the mirror
+    image without the border pixel repeated ("reflect"). Misfit shapes raise `ShapeError`.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, kernel: Tensor, shape: Sequence[int], padding: Padding = "circular"):
+        axes = len(shape) - 1
+        if axes not in _CONVOLVE:
+            raise ShapeError(f"Convolution takes a domain (channel, *spatial) with 1 to 3 spatial axes, given {tuple(shape)}")
+        if kernel.is_complex() or not kernel.is_floating_point():
+            raise ShapeError(f"Convolution takes a real floating-point kernel, given {kernel.dtype}")
+        if padding not in get_args(Padding):
+            raise ValueError(f"unknown padding {padding!r}: choose one of {get_args(Padding)}")
+        per_channel = kernel.dim() == axes
+        if not per_channel and (kernel.dim() != axes + 2 or kernel.shape[1] != shape[0]):
+            raise ShapeError(
+                f"for a domain {tuple(shape)} the kernel is (out, {shape[0]}, *size) or (*size) with {axes} axes of size, "
+                f"given {tuple(kernel.shape)}"
+            )
+        super().__init__(shape, (shape[0] if per_channel else kernel.shape[0], *shape[1:]))
+        self.padding: Padding = padding
+        self.per_channel = per_channel
+        self.hold("kernel", kernel)
+
+    @property
+    def centre(self) -> tuple[int, ...]:
+        """The tap that lies on the pixel itself."""
+        return tuple(k // 2 for k in self.kernel.shape[-len(self.domain) + 1 :])
+
+    def _apply_map(self, x: Tensor) -> Tensor:
+        return self._correlate(x, self.kernel)
+
+    def _apply_adjoint(self, y: Tensor) -> Tensor:
+        return self._correlate_adjoint(y, self.kernel)
+
+    def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
+        batch, weight = x.shape[0], self._weight(kernel, x.dtype)
+        padded = self._pad(x.reshape(-1, weight.shape[1], *self.domain[1:]), weight.shape[2:])
+        return _CONVOLVE[len(self.domain) - 1](padded, weight).reshape(batch, *self.codomain)
+
+    def _correlate_adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
+        batch, weight = y.shape[0], self._weight(kernel, y.dtype)
+        full = _TRANSPOSE[len(self.domain) - 1](y.reshape(-1, weight.shape[0], *self.domain[1:]), weight)
+        return self._fold(full, weight.shape[2:]).reshape(batch, *self.domain)
+
+    def _weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
+        return (kernel[None, None] if self.per_channel else kernel).to(dtype)
+
+    def _pad(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        for axis, k in enumerate(size, start=2):
+            before, after = k // 2, k - 1 - k // 2
+            if k == 1:
+                continue
+            if self.padding == "zero":
+                x = F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [before, after])
+            else:
+                x = x.index_select(axis, self._sources(x.shape[axis], before, after, x.device))
+        return x
+
+    def _fold(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        for axis, k in enumerate(size, start=2):
+            before, after, n = k // 2, k - 1 - k // 2, self.domain[axis - 1]
+            if k == 1:
+                continue
+            if self.padding == "zero":
+                x = x.narrow(axis, before, n)
+            else:
+                target = x.new_zeros([*x.shape[:axis], n, *x.shape[axis + 1 :]])
+                x = target.index_add(axis, self._sources(n, before, after, x.device), x)
+        return x
+
+    def _sources(self, n: int, before: int, after: int, device: torch.device) -> Tensor:
+        index = torch.arange(-before, n + after, device=device)
+        if self.padding == "circular" or n == 1:
+            return index % n
+        index = index % (2 * n - 2)
+        return torch.where(index < n, index, 2 * n - 2 - index)
+
+    def _symbol(self, basis: Basis) -> Symbol:
+        if not isinstance(basis, Fourier):
+            return super()._symbol(basis)
+        if self.padding != "circular" or basis.spatial != self.domain[1:]:
+            raise NotDiagonal(
+                f"a convolution on {self.domain} with {self.padding} padding is not diagonal in Fourier on {basis.spatial}; "
+                "use padding='circular', or a mask around a circular convolution on a larger grid"
+            )
+        response, error = basis.response(self.kernel, self.centre)
+        if self.per_channel:
+            eye = torch.eye(self.domain[0], dtype=torch.float64, device=basis.device)
+            return basis.bounded(response[:, None, None] * eye, error.reshape(1))
+        return basis.bounded(response.permute(2, 0, 1), torch.linalg.vector_norm(error).reshape(1))
