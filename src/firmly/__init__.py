@@ -1,0 +1,59 @@
+"""Neural networks that come from optimisation algorithms, with stability certificates.
+
+The rooms (`firmly.linear`, `firmly.prox`, ...) and the functions below are loaded when they are first used, so that
+`import firmly` and `firmly --help` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, prox
+    from firmly.certificates import Certificate, attack, certify, verify
+    from firmly.fixedpoint import Solution, solve
+    from firmly.networks import unroll
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "Solution",
+    "algorithms",
+    "attack",
+    "certificates",
+    "certify",
+    "data",
+    "errors",
+    "fixedpoint",
+    "lab",
+    "linear",
+    "networks",
+    "prox",
+    "solve",
+    "unroll",
+    "verify",
+]
+
+_HOME = {
+    "Certificate": "certificates",
+    "Solution": "fixedpoint",
+    "attack": "certificates",
+    "certify": "certificates",
+    "solve": "fixedpoint",
+    "unroll": "networks",
+    "verify": "certificates",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"firmly.{_HOME[name]}"), name)
+    if name in __all__:
+        return import_module(f"firmly.{name}")
+    raise AttributeError(f"firmly has no '{name}'; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
