@@ -8,6 +8,7 @@ from firmly.linear.basis import Singular as SingularBasis
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import Bracket, LinearMap
+from firmly.linear.resolvent import Resolvent
 from firmly.linear.symbol import Symbol
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FourierBasis",
     "Identity",
     "LinearMap",
+    "Resolvent",
     "Scale",
     "SingularBasis",
     "Stack",

@@ -1,16 +1,17 @@
-"""Maps built from maps: identity, scaling, composition, sum, stack, and the resolvent (A*A + r I)^-1."""
+"""Maps built from maps: identity, scaling, composition, sum, stack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from firmly.errors import ShapeError
+from firmly.errors import NotDiagonal, ShapeError
 from firmly.linear.basis import Basis
-from firmly.linear.map import Bracket, LinearMap
-from firmly.linear.symbol import Symbol
+from firmly.linear.map import Bracket, LinearMap, outward
+from firmly.linear.symbol import Symbol, meet
 
 
 class Identity(LinearMap):
@@ -27,6 +28,9 @@ class Identity(LinearMap):
 
     def _norm(self) -> Bracket:
         return Bracket(1.0, 1.0)
+
+    def gram_diagonal(self) -> Tensor:
+        return torch.ones(())
 
     def _symbol(self, basis: Basis) -> Symbol:
         return basis.identity(self.domain)
@@ -75,23 +79,31 @@ class Sum(LinearMap):
 
 
 class Scale(LinearMap):
-    """x -> factor * of(x), written `factor * A`."""
+    """x -> factor * of(x), written `factor * A`; the factor is a real number, or a scalar tensor that gradients reach."""
+
+    factor: Tensor
 
     def __init__(self, factor: float | Tensor, of: LinearMap):
         super().__init__(of.domain, of.codomain)
-        self.factor = factor
+        self.hold("factor", factor if isinstance(factor, Tensor) else torch.tensor(float(factor), dtype=torch.float64))
+        if self.factor.numel() != 1 or self.factor.is_complex():
+            raise ShapeError(f"Scale takes one real number, given {tuple(self.factor.shape)} of {self.factor.dtype}")
         self.of = of
 
     def _apply_map(self, x: Tensor) -> Tensor:
-        return self.factor * self.of(x)
+        return self.factor.to(x.dtype) * self.of(x)
 
     def _apply_adjoint(self, y: Tensor) -> Tensor:
-        return self.factor * self.of.T(y)
+        return self.factor.to(y.dtype) * self.of.T(y)
 
     def _norm(self) -> Bracket:
-        lower, upper = self.of._norm()
+        lower, upper = self.of.norm()
         size = abs(float(self.factor))
-        return Bracket(size * lower, size * upper)
+        return outward(size * lower, size * upper)
+
+    def gram_diagonal(self) -> Tensor | None:
+        diagonal = self.of.gram_diagonal()
+        return None if diagonal is None else self.factor**2 * diagonal.to(self.factor)
 
     def _symbol(self, basis: Basis) -> Symbol:
         return self.of.symbol(basis).scale(self.factor)
@@ -115,12 +127,16 @@ class Stack(LinearMap):
         return torch.stack([m.T(part) for m, part in zip(self.maps, parts)]).sum(0)
 
     def _symbol(self, basis: Basis) -> Symbol:
-        basis.channels(self.codomain)
         symbols = [m.symbol(basis) for m in self.maps]
+        if sum(s.value.shape[1] for s in symbols) != basis.channels(self.codomain):
+            raise NotDiagonal(f"the {basis.name} basis cannot tell the parts of a stack with codomain {self.codomain} apart")
+        named = [s for s in symbols if s.rows is not None]
+        columns = reduce(meet, (s.columns for s in named)) if named else None
+        rows = reduce(meet, (columns if s.rows is None else s.rows for s in symbols))  # the identity gives what it takes
         blocks = max(s.value.shape[0] for s in symbols)
         values = [s.value.expand(blocks, -1, -1) for s in symbols]
         dtype = torch.complex128 if any(v.is_complex() for v in values) else torch.float64
         value = torch.cat([v.to(dtype) for v in values], dim=1)
-        errors = [s.error for s in symbols]
-        error = None if any(e is None for e in errors) else torch.stack([e.expand(blocks) for e in errors]).norm(dim=0)
-        return Symbol(value, error, symbols[0].rows, symbols[0].columns)
+        errors = [s.error.expand(blocks) for s in symbols if s.error is not None]
+        error = torch.stack(errors).norm(dim=0) if basis.track else None
+        return Symbol(value, error, rows, columns)

@@ -24,10 +24,16 @@ class Bracket(NamedTuple):
     upper: float
 
 
+def outward(lower: float, upper: float) -> Bracket:
+    """The bracket, widened by the rounding of the few operations that its ends came from."""
+    return Bracket(max(lower * (1 - 1e-15), 0.0), upper * (1 + 1e-15))
+
+
 class LinearMap(nn.Module):
     """A linear map between spaces of tensors of shapes `domain` and `codomain` (both without the batch).
 
-    A subclass gives `_apply_map` and `_apply_adjoint` (both on batched tensors), and where it can `_norm` and `_symbol`.
+    A subclass gives `_apply_map` and `_apply_adjoint` (both on batched tensors), and where it can `_norm` and `_symbol`; it
+    keeps its tensors with `hold`. It computes in the precision of its input; complex input is mapped complex-linearly.
     `A(x)` applies, `A.T` is the adjoint map with `A.T.T is A`, `A @ B` composes, `A + B` adds, `2.0 * A` scales.
     """
 
@@ -66,6 +72,10 @@ class LinearMap(nn.Module):
         if isinstance(basis, Dense):
             return matrix_symbol(self, basis)
         raise NotDiagonal(f"{self._get_name()} is not diagonal in the {basis.name} basis")
+
+    def gram_diagonal(self) -> Tensor | None:
+        """d with A*A x = d * x entry by entry (d broadcasts to the domain) if the map is known to be so, else None."""
+        return None
 
     # -- what a user calls -------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Symbol:
         value = self.value * factor
         error = None
         if self.error is not None:
-            size = abs(float(factor))
+            size = abs(float(factor.detach() if isinstance(factor, Tensor) else factor))
             error = self.error * size + _gamma(1, value.dtype) * self.frobenius() * size
         return Symbol(value, error, self.rows, self.columns)
 
