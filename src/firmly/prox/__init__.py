@@ -1,7 +1,7 @@
 """Proximal maps and activations with their slope intervals."""
 
 from firmly.prox.activation import Activation, Clip
-from firmly.prox.filter_bank import dct_filters, peak_gain
+from firmly.prox.filter_bank import dct_filters, peak_power
 from firmly.prox.l1 import L1
 from firmly.prox.prior import Prior, Slope, Zero, proximal
 from firmly.prox.ridge import Ridge, ridge_gradient
@@ -18,7 +18,7 @@ __all__ = [
     "Zero",
     "dct_filters",
     "huber_slopes",
-    "peak_gain",
+    "peak_power",
     "proximal",
     "ridge_gradient",
 ]

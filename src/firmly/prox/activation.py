@@ -11,8 +11,8 @@ from firmly.errors import ConditionError
 class Activation(nn.Module):
     """A function phi_i on every entry of channel i, with phi_i(0) = 0 and slopes in [low, high] by construction.
 
-    `channels` is the size of dimension 1 of the input (batch, channels, *spatial). A subclass gives `forward`, `potential`
-    (psi_i with psi_i' = phi_i, psi_i(0) = 0) and `interval`, the exact slopes of the current parameters.
+    `channels` is the size of dimension 1 of the input (batch, channels, *spatial). A subclass gives `forward`,
+    `potential` (psi_i with psi_i' = phi_i, psi_i(0) = 0) and `interval`, the exact slopes of the current parameters.
     """
 
     channels: int

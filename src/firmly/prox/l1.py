@@ -11,7 +11,8 @@ class L1(Prior):
     """g(x) = sum_i weight_i |x_i|; prox = soft threshold z max(1 - t weight / |z|, 0), also for complex z.
 
     `weight` is a non-negative number, or a tensor that broadcasts against one sample (weighted l1); a tensor may be a
-    learnable parameter. Source: Combettes and Pesquet, Proximal splitting methods in signal processing, 2011, table 10.2.
+    learnable parameter.
+    Source: Combettes and Pesquet, Proximal splitting methods in signal processing, 2011, table 10.2.
     """
 
     def __init__(self, weight: float | Tensor = 1.0):

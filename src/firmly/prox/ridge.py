@@ -13,19 +13,19 @@ from firmly.linear.basis import Basis, Fourier
 from firmly.linear.map import Bracket, LinearMap
 from firmly.linear.symbol import Symbol
 from firmly.prox.activation import Activation
-from firmly.prox.filter_bank import correlate, gain_on_grid, peak_gain, rounding, size_bound, wrap
+from firmly.prox.filter_bank import gain, peak_power, response, rounding
 from firmly.prox.prior import Slope, sum_over_sample
 
 
 class Ridge(nn.Module):
     """r(x) = sum_i psi_i(K_i x) on images (batch, 1, *spatial), real or complex (real and imaginary parts apart).
 
-    K_i is the circular cross-correlation with filter i of `kernel` (C, 1, *k), which becomes a learnable parameter, with its
-    origin at k // 2; `activation` gives phi_i = psi_i' with slopes in [low_i, high_i] on C channels.
+    K_i is the circular correlation with filter i of `kernel` (C, 1, *k), which becomes a learnable parameter; where its
+    origin lies changes nothing. `activation` gives phi_i = psi_i' with slopes in [low_i, high_i] on C channels.
 
-    With h_i >= high_i and one multiplier for all channels the gradient p = sum_i K_i^T phi_i(K_i x) satisfies exactly the
-    constraints of p = S R(S x), where S is the shift-invariant map with symbol sqrt(sum_i h_i |k_i(f)|^2) (`gain`) and R
-    has slopes in the interval `slope` (derived in the theory notes, 'C channels cost nothing').
+    With h_i >= high_i and one multiplier for all channels, the gradient p = sum_i K_i^T phi_i(K_i x) satisfies exactly
+    the constraints of p = S R(S x), where S is the shift-invariant map with symbol sqrt(sum_i h_i |k_i(f)|^2) (`gain`)
+    and R has slopes in the interval `slope` (derived in the theory notes, 'C channels cost nothing').
     So the Lipschitz constant of p is at most `kappa()`, for images of every size.
 
     `cap`: the filters used are K / sqrt(max(1, kappa / cap)), so that `kappa() <= cap` by construction; x - p is
@@ -56,8 +56,8 @@ class Ridge(nn.Module):
         return Slope(0.0, 1.0)
 
     def kappa(self) -> Tensor:
-        """A certified bound of max_f sum_i h_i |k_i(f)|^2 over all frequencies, for the filters used; differentiable."""
-        return peak_gain(*self._filters())
+        """A certified, differentiable bound of sum_i h_i |k_i(f)|^2 over all frequencies f, for the filters used."""
+        return peak_power(*self._filters())
 
     def filters(self) -> Tensor:
         """The filters used, (C, 1, *k): of zero mean if asked for, and inside the cap."""
@@ -71,7 +71,7 @@ class Ridge(nn.Module):
         """r(x), one number for each element of the batch."""
         if x.is_complex():
             return self.value(x.real) + self.value(x.imag)
-        return sum_over_sample(self.activation.potential(self._analysis(x, self._cast_filters(x))))
+        return sum_over_sample(self.activation.potential(self._analysis(x, self._response(x))))
 
     def gradient(self, x: Tensor) -> Tensor:
         """sum_i K_i^T phi_i(K_i x), of the shape of x."""
@@ -81,7 +81,7 @@ class Ridge(nn.Module):
         return self.gradient(x)
 
     def _weights(self) -> Tensor:
-        """The normalising slopes h_i, (C,) in float64: the largest that keep every phi_i / h_i in the interval `slope`."""
+        """The normalising slopes h_i, (C,) in float64: the smallest with phi_i / h_i in the interval `slope`."""
         lowest, highest = (slope.double() for slope in self.activation.interval())
         return highest.maximum(lowest / self.slope.low) if self.slope.low < 0 else highest
 
@@ -91,27 +91,31 @@ class Ridge(nn.Module):
         if self.zero_mean:
             kernel = kernel - kernel.mean(dim=tuple(range(2, kernel.dim())), keepdim=True)
         if self.cap is not None:
-            kernel = kernel / (peak_gain(kernel, weight) / self.cap).clamp(min=1).sqrt()
+            excess = peak_power(kernel, weight) / (self.cap * (1 - kernel[0].numel() * rounding(kernel)))
+            kernel = kernel / excess.clamp(min=1).sqrt()
         return kernel, weight
 
-    def _cast_filters(self, x: Tensor) -> Tensor:
-        return self.filters().to(x.dtype)
+    def _response(self, x: Tensor) -> Tensor:
+        """Transforms of the filters used on the grid of x, (C, *grid), in the precision of x."""
+        if x.dim() != self.kernel.dim() or x.shape[1] != 1:
+            raise ShapeError(
+                f"this ridge takes (batch, 1, *spatial) with {self.kernel.dim() - 2} spatial dimensions, "
+                f"given {tuple(x.shape)}"
+            )
+        origin = [0] * (x.dim() - 2)
+        return response(self.filters()[:, 0], x.shape[2:], origin, half=True).to(x.dtype.to_complex())
 
-    def _analysis(self, x: Tensor, filters: Tensor) -> Tensor:
-        if x.dim() != filters.dim() or x.shape[1] != 1:
-            raise ShapeError(f"this ridge takes (batch, 1, {filters.dim() - 2} spatial dimensions), given {tuple(x.shape)}")
-        before = [k // 2 for k in filters.shape[2:]]
-        return correlate(wrap(x, before, [k - 1 - b for k, b in zip(filters.shape[2:], before)]), filters)
+    def _analysis(self, x: Tensor, response: Tensor) -> Tensor:
+        """K x, (batch, C, *spatial), up to a shift that the adjoint undoes; FFTs measured faster than convolutions."""
+        axes = tuple(range(2, x.dim()))
+        return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * response.conj(), s=x.shape[2:], dim=axes)
 
     def _gradient(self, x: Tensor) -> Tensor:
         if x.is_complex():
             return torch.complex(self._gradient(x.real), self._gradient(x.imag))
-        filters = self._cast_filters(x)
-        coefficients = self.activation(self._analysis(x, filters))
-        after = [k // 2 for k in filters.shape[2:]]
-        axes = tuple(range(2, filters.dim()))
-        padded = wrap(coefficients, [k - 1 - a for k, a in zip(filters.shape[2:], after)], after)
-        return correlate(padded, filters.flip(axes).transpose(0, 1))
+        response, axes = self._response(x), tuple(range(2, x.dim()))
+        slopes = torch.fft.rfftn(self.activation(self._analysis(x, response)), dim=axes)
+        return torch.fft.irfftn((slopes * response).sum(1, keepdim=True), s=x.shape[2:], dim=axes)
 
     def extra_repr(self) -> str:
         return f"filters={tuple(self.kernel.shape)}, cap={self.cap}, zero_mean={self.zero_mean}"
@@ -125,24 +129,23 @@ def ridge_gradient(ridge: Ridge, x: Tensor) -> Tensor:
 
 
 class Gain(LinearMap):
-    """The map S of a ridge: self-adjoint, shift-invariant, with symbol sqrt(sum_i h_i |k_i(f)|^2); made by `Ridge.gain`."""
+    """The map S of a ridge: self-adjoint, with Fourier symbol sqrt(sum_i h_i |k_i(f)|^2); made by `Ridge.gain`."""
 
     def __init__(self, ridge: Ridge, spatial: Sequence[int]):
         super().__init__((1, *spatial), (1, *spatial))
         self.ridge = ridge
         self.spatial = self.domain[1:]
 
-    def _multiplier(self, half: bool) -> Tensor:
-        return gain_on_grid(*self.ridge._filters(), self.spatial, half)
-
-    def _error(self) -> Tensor:
-        """Rounding bound of the multiplier, which is at most sqrt(size bound), the filters' normalisation included."""
+    def _multiplier(self, half: bool) -> tuple[Tensor, Tensor]:
         kernel, weight = self.ridge._filters()
-        return kernel[0].numel() * rounding(kernel) * size_bound(kernel, weight).detach().sqrt()
+        values, error = gain(kernel, weight, self.spatial, half)
+        # the filters themselves are the rounded result of taking out means and of dividing by the bound of their peak
+        size = (weight * kernel.abs().flatten(1).sum(1) ** 2).sum().sqrt()
+        return values, error + (kernel[0].numel() * rounding(kernel) * size).detach()
 
     def _apply_map(self, x: Tensor) -> Tensor:
         axes = tuple(range(2, x.dim()))
-        multiplier = self._multiplier(half=not x.is_complex()).to(x.real.dtype)
+        multiplier = self._multiplier(half=not x.is_complex())[0].to(x.real.dtype)
         if x.is_complex():
             return torch.fft.ifftn(multiplier * torch.fft.fftn(x, dim=axes), dim=axes)
         return torch.fft.irfftn(multiplier * torch.fft.rfftn(x, dim=axes), s=self.spatial, dim=axes)
@@ -151,14 +154,13 @@ class Gain(LinearMap):
         return self._apply_map(y)
 
     def _norm(self) -> Bracket:
-        peak, error = float(self._multiplier(half=True).amax()), float(self._error())
-        return Bracket(max(0.0, peak - error), peak + error)
+        values, error = self._multiplier(half=True)
+        return Bracket(float((values - error).amax().clamp(min=0)), float((values + error).amax()))
 
     def _symbol(self, basis: Basis) -> Symbol:
         if not isinstance(basis, Fourier):
             return super()._symbol(basis)
         if basis.spatial != self.spatial:
             raise NotDiagonal(f"a gain on {self.spatial} has no symbol on the frequencies of {basis.spatial}")
-        values = self._multiplier(half=not basis.full).flatten()
-        error = self._error().reshape(1)
-        return basis.bounded(values[:, None, None], error, rows="pixel", columns="pixel")
+        values, error = self._multiplier(half=not basis.full)
+        return basis.bounded(values.reshape(-1, 1, 1), error.flatten(), rows="pixel", columns="pixel")

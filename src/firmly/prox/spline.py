@@ -15,11 +15,11 @@ class LinearSpline(Activation):
     """Continuous piecewise-linear phi_i for every channel, phi_i(0) = 0, every slope in [low, high].
 
     The knots t_j = -reach .. reach are uniform and odd in number, so that 0 is one of them; beyond them the outermost
-    pieces go on. The parameters are the slopes of the `knots + 1` pieces; the slopes used are their projection on [low, high],
-    whose gradient is kept where a descent step would lead back inside, so that no slope is stuck at an end.
+    pieces go on. The parameters are the slopes of the `knots + 1` pieces; the slopes used are their projection on
+    [low, high], whose gradient is kept where a descent step would lead back inside, so that none is stuck at an end.
     `slope` is the start: a number, or a function of the centres of the pieces, e.g. `huber_slopes(t)`.
-    Source: the parametrisation follows Bohra et al., Learning activation functions in deep (spline) neural networks, 2020,
-    and Goujon et al., A neural-network-based convex regularizer for inverse problems, 2023.
+    Sources: Bohra et al., Learning activation functions in deep (spline) neural networks, 2020; Goujon et al.,
+    A neural-network-based convex regularizer for inverse problems, 2023.
     """
 
     def __init__(
@@ -35,13 +35,14 @@ class LinearSpline(Activation):
         if knots < 1 or knots % 2 == 0:
             raise ShapeError(f"a spline has an odd number of knots, so that 0 is one of them; given {knots}")
         if not low < high or not reach > 0:
-            raise ConditionError(f"a spline needs low < high and reach > 0, given low={low}, high={high}, reach={reach}")
+            raise ConditionError(f"a spline needs low < high and reach > 0, given {low=}, {high=}, {reach=}")
         self.channels, self.knots, self.low, self.high = channels, knots, float(low), float(high)
         self.spacing = 2 * reach / (knots - 1) if knots > 1 else float(reach)
         centres = (torch.arange(knots + 1) - knots / 2) * self.spacing
         start = slope(centres) if callable(slope) else torch.full((knots + 1,), float(slope))
         if not bool(((start >= low) & (start <= high)).all()):
-            raise ConditionError(f"the start slopes lie in [{low}, {high}], given {start.min():.4g} .. {start.max():.4g}")
+            found = f"{float(start.min()):.4g} .. {float(start.max()):.4g}"
+            raise ConditionError(f"the slopes of this spline stay in [{low}, {high}]; start inside, given {found}")
         self.raw = nn.Parameter(start.to(torch.get_default_dtype()).repeat(channels, 1))  # (channels, knots + 1)
 
     @property
@@ -80,12 +81,13 @@ class LinearSpline(Activation):
         """The piece that every entry lies on, counted over all channels. NaN goes to the first, and stays NaN."""
         if z.shape[1] != self.channels:
             raise ShapeError(f"this activation has {self.channels} channels, given a tensor {tuple(z.shape)}")
-        places = (z / self.spacing).add_(self.knots // 2 + 1).clamp_(0, self.knots).nan_to_num_(0.0)
+        places = (z / self.spacing + (self.knots // 2 + 1)).clamp(0, self.knots).nan_to_num(0.0)
         first = torch.arange(self.channels, dtype=torch.int32, device=z.device) * (self.knots + 1)
         return places.int().add_(first.reshape(-1, *[1] * (z.dim() - 2)))
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, knots={self.knots}, spacing={self.spacing:.4g}, slopes in [{self.low}, {self.high}]"
+        reach = self.spacing * (self.knots // 2)
+        return f"channels={self.channels}, knots={self.knots}, reach={reach:.4g}, slopes in [{self.low}, {self.high}]"
 
 
 def _look_up(table: Tensor, piece: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def _look_up(table: Tensor, piece: Tensor) -> Tensor:
 
 
 def huber_slopes(threshold: float, low: float = 0.0, high: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """Start slopes of the Huber derivative clamp(z, -t, t), the residual of the soft threshold: high inside, low outside."""
+    """Start slopes of the Huber derivative clamp(z, -t, t), the residual of a soft threshold: high inside, else low."""
     return lambda centres: torch.where(centres.abs() < threshold, high, low)
 
 
