@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -52,6 +53,15 @@ class Compose(LinearMap):
     def _apply_adjoint(self, y: Tensor) -> Tensor:
         return self.inner.T(self.outer.T(y))
 
+    def _norm(self) -> Bracket:
+        if self.outer is self.inner.T:
+            lower, upper = self.inner.norm()
+            return outward(lower**2, upper**2)
+        return super()._norm()
+
+    def _upper(self) -> float:
+        return self.outer.norm().upper * self.inner.norm().upper * (1 + 1e-15)
+
     def _symbol(self, basis: Basis) -> Symbol:
         return self.outer.symbol(basis) @ self.inner.symbol(basis)
 
@@ -73,6 +83,9 @@ class Sum(LinearMap):
 
     def _apply_adjoint(self, y: Tensor) -> Tensor:
         return self.first.T(y) + self.second.T(y)
+
+    def _upper(self) -> float:
+        return (self.first.norm().upper + self.second.norm().upper) * (1 + 1e-15)
 
     def _symbol(self, basis: Basis) -> Symbol:
         return self.first.symbol(basis) + self.second.symbol(basis)
@@ -125,6 +138,9 @@ class Stack(LinearMap):
     def _apply_adjoint(self, y: Tensor) -> Tensor:
         parts = y.split([m.codomain[0] for m in self.maps], dim=1)
         return torch.stack([m.T(part) for m, part in zip(self.maps, parts)]).sum(0)
+
+    def _upper(self) -> float:
+        return math.hypot(*(m.norm().upper for m in self.maps)) * (1 + 1e-14)
 
     def _symbol(self, basis: Basis) -> Symbol:
         symbols = [m.symbol(basis) for m in self.maps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from firmly.errors import NotDiagonal, ShapeError
 from firmly.linear.basis import Basis, Fourier
-from firmly.linear.map import LinearMap
+from firmly.linear.map import Bracket, LinearMap
+from firmly.linear.memo import Memo
+from firmly.linear.norms import EPS, exact_symbol, norm_bracket, norm_of_blocks, positive_upper_bound
 from firmly.linear.symbol import Symbol
 
 Padding = Literal["circular", "zero", "reflect"]
@@ -49,6 +52,7 @@ class Convolution(LinearMap):
         self.padding: Padding = padding
         self.per_channel = per_channel
         self.hold("kernel", kernel)
+        self._remembered: Memo[Bracket] = Memo()
 
     @property
     def centre(self) -> tuple[int, ...]:
@@ -97,12 +101,52 @@ class Convolution(LinearMap):
                 x = target.index_add(axis, self._sources(n, before, after, x.device), x)
         return x
 
-    def _sources(self, n: int, before: int, after: int, device: torch.device) -> Tensor:
+    def _sources(self, n: int, before: int, after: int, device: torch.device | str = "cpu") -> Tensor:
         index = torch.arange(-before, n + after, device=device)
         if self.padding == "circular" or n == 1:
             return index % n
         index = index % (2 * n - 2)
         return torch.where(index < n, index, 2 * n - 2 - index)
+
+    def _norm(self) -> Bracket:
+        return self._remembered.get(self, lambda: norm_bracket(self))
+
+    def _upper(self) -> float:
+        """The least of three bounds, with padding a map of known norm followed by a part of a circular convolution.
+
+        (1) The circular convolution on the padded grid. (2) Young's inequality: the norm of the matrix (out, in) of
+        the sums of |kernel|. (3) For mirrored borders, the positive-vector bound of the map with |kernel|.
+        """
+        size = self.kernel.shape[-len(self.domain) + 1 :]
+        grid = [n + k - 1 if self.padding != "circular" else n for n, k in zip(self.domain[1:], size)]
+        sums = self._weight(self.kernel.to("cpu", torch.float64), torch.float64).abs().flatten(2).sum(2)
+        error = 4 * EPS * self.kernel[..., 0].numel() * torch.linalg.vector_norm(sums)
+        bounds = [norm_of_blocks(Symbol(sums[None], error.reshape(1))).upper]
+        if self.padding != "circular":
+            wide = Convolution(self.kernel, (self.domain[0], *grid), "circular")
+            if exact := exact_symbol(wide):
+                bounds.append(norm_of_blocks(exact).upper)
+        bounds = [b * self._padding_norm() for b in bounds]
+        if self.padding == "reflect":
+            kernel = self.kernel.to("cpu", torch.float64).abs()
+            bounds.append(
+                positive_upper_bound(
+                    lambda x: self._correlate(x, kernel),
+                    lambda y: self._correlate_adjoint(y, kernel),
+                    torch.ones(1, *self.domain, dtype=torch.float64),
+                    terms=kernel.numel() * 4,
+                    steps=20,
+                )
+            )
+        return min(bounds)
+
+    def _padding_norm(self) -> float:
+        """The norm of padding: the root of how often a pixel is repeated, along each axis."""
+        norm = 1.0
+        for n, k in zip(self.domain[1:], self.kernel.shape[-len(self.domain) + 1 :]):
+            if self.padding == "reflect":
+                norm *= math.sqrt(int(torch.bincount(self._sources(n, k // 2, k - 1 - k // 2)).max())) * (1 + 1e-15)
+        return norm
 
     def _symbol(self, basis: Basis) -> Symbol:
         if not isinstance(basis, Fourier):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from firmly.errors import NotDiagonal, ShapeError
+from firmly.errors import NotCertifiable, NotDiagonal, ShapeError
 from firmly.linear.basis import Basis, Dense
 from firmly.linear.symbol import Symbol
 
@@ -67,6 +67,13 @@ class LinearMap(nn.Module):
         from firmly.linear.norms import norm_bracket
 
         return norm_bracket(self)
+
+    def _upper(self) -> float:
+        """A proved upper bound of the norm, for maps too large for `norm_bracket` to treat exactly."""
+        raise NotCertifiable(
+            f"no certified norm of {self._get_name()} {self.domain} -> {self.codomain}: it is too large for a factorisation "
+            "and no structure of it is known"
+        )
 
     def _symbol(self, basis: Basis) -> Symbol:
         if isinstance(basis, Dense):
