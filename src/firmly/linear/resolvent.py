@@ -33,7 +33,8 @@ class Resolvent(LinearMap):
         self.hold("weight", weight if isinstance(weight, Tensor) else torch.tensor(float(weight), dtype=torch.float64))
         if self.weight.numel() != 1 or not float(self.weight.detach()) > 0:
             raise ConditionError(f"the weight of a resolvent is one positive number, given {weight}")
-        self._spectrum: Memo[tuple[Tensor, Tensor]] = Memo()
+        # kept on the map: algorithms make a resolvent in every step, with a weight that may be learned
+        self._spectrum: Memo[tuple[Tensor, Tensor]] = of.__dict__.setdefault("_gram_spectrum", Memo())
 
     def _apply_map(self, x: Tensor) -> Tensor:
         diagonal = self.of.gram_diagonal()
