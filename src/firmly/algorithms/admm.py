@@ -31,7 +31,8 @@ class Admm(Algorithm):
     with K x in place of x in the lines after it; K = I gives the above. The image read is z, the point after the prox,
     and x if there is a K.
     Sources: Boyd et al., Distributed optimization and statistical learning via the alternating direction method of
-    multipliers, 2011, section 3.1.1; for the metric, Zhang, Burger, Osher, A unified primal-dual algorithm framework based on Bregman iteration, 2011, theorem 4.2.
+    multipliers, 2011, section 3.1.1; for the metric, Zhang, Burger, Osher, A unified primal-dual algorithm framework
+    based on Bregman iteration, 2011.
     """
 
     learnable = ("penalty", "prior")
@@ -77,6 +78,6 @@ class Admm(Algorithm):
                 text=f"the metric c = {self.metric:.6g} is at least |K|^2 = {needed:.6g}",
                 holds=self.metric >= needed,
                 margin=self.metric - needed,
-                source="Zhang, Burger, Osher 2011, theorem 4.2",
+                source="Zhang, Burger, Osher 2011",
             )
         ]

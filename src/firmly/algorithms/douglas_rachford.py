@@ -21,7 +21,8 @@ class DouglasRachfordState(NamedTuple):
 class DouglasRachford(Algorithm):
     """p = prox_{t f}(z); x <- prox_{t g}(2 p - z); z <- z + relaxation (x - p), for min f(x) + g(x).
 
-    The data term is f(x) = 1/2 |A x - y|^2. Any step t > 0 and relaxation in (0, 2). If f is mu-strongly convex and L-smooth, t = 1 / sqrt(mu L) is the fastest.
+    The data term is f(x) = 1/2 |A x - y|^2. Any step t > 0 and relaxation in (0, 2). If f is mu-strongly convex and
+    L-smooth, t = 1 / sqrt(mu L) is the fastest.
     Sources: Lions and Mercier 1979; Combettes and Pesquet 2011, algorithm 10.15; Giselsson and Boyd, Linear convergence
     and metric selection for Douglas-Rachford splitting and ADMM, 2017.
     """

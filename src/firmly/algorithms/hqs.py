@@ -49,14 +49,18 @@ class Hqs(Algorithm):
         return HqsState(data_prox(self.A, y, self._denoise(state.x), self.penalty))
 
     def _denoise(self, x: Tensor) -> Tensor:
-        return self.prior.prox(x, 1.0 / self.penalty) if self.ridge is None else x - self.ridge.gradient(x)
+        if self.prior is not None:
+            return self.prior.prox(x, 1.0 / self.penalty)
+        assert self.ridge is not None  # the constructor takes either
+        return x - self.ridge.gradient(x)
 
     def read(self, state: HqsState) -> Tensor:
         return state.x
 
     def conditions(self) -> list[Condition]:
-        if self.ridge is None:
+        if self.prior is not None:
             return [*super().conditions(), convexity(self.prior, 1.0 / self.penalty)]
+        assert self.ridge is not None
         kappa = number(self.ridge.kappa())
         reach = Condition(
             name="kappa",
