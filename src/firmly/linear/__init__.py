@@ -1,30 +1,53 @@
 """Linear maps with an adjoint, and a norm that can be trusted."""
 
+from firmly.linear.adapters import from_deepinv, from_pylops, from_scipy
 from firmly.linear.algebra import Compose, Identity, Scale, Stack, Sum
 from firmly.linear.basis import Basis
 from firmly.linear.basis import Dense as DenseBasis
 from firmly.linear.basis import Fourier as FourierBasis
 from firmly.linear.basis import Singular as SingularBasis
+from firmly.linear.blur import Blur
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
+from firmly.linear.fourier_sampling import FourierSampling
+from firmly.linear.gradient import Gradient
+from firmly.linear.gram import is_gram
 from firmly.linear.map import Bracket, LinearMap
+from firmly.linear.mask import Diagonal, Mask
+from firmly.linear.radon import Radon
 from firmly.linear.resolvent import Resolvent
+from firmly.linear.sparse import Sparse
+from firmly.linear.spectrum import singular_basis
 from firmly.linear.symbol import Symbol
+from firmly.linear.wavelet import Wavelet
 
 __all__ = [
     "Basis",
+    "Blur",
     "Bracket",
     "Compose",
     "Convolution",
     "Dense",
     "DenseBasis",
+    "Diagonal",
     "FourierBasis",
+    "FourierSampling",
+    "Gradient",
     "Identity",
     "LinearMap",
+    "Mask",
+    "Radon",
     "Resolvent",
     "Scale",
     "SingularBasis",
+    "Sparse",
     "Stack",
     "Sum",
     "Symbol",
+    "Wavelet",
+    "from_deepinv",
+    "from_pylops",
+    "from_scipy",
+    "is_gram",
+    "singular_basis",
 ]

@@ -37,6 +37,9 @@ class LinearMap(nn.Module):
     `A(x)` applies, `A.T` is the adjoint map with `A.T.T is A`, `A @ B` composes, `A + B` adds, `2.0 * A` scales.
     """
 
+    application_error = 1e-10
+    """Bound of the rounding of one application in float64, relative to the norm bound: sums of fewer than 1e5 products."""
+
     def __init__(self, domain: Sequence[int], codomain: Sequence[int]):
         super().__init__()
         self.domain: Shape = tuple(int(n) for n in domain)

@@ -21,9 +21,6 @@ EPS = torch.finfo(torch.float64).eps
 SMALL_SIDE = 2048  # rows or columns up to which a matrix is factorised
 LARGEST_SYMBOL = 2**26  # entries of a symbol, 1 GB
 
-APPLICATION_ERROR = 1e-10
-"""Rounding of one application of a map in float64, relative to its norm bound: sums of fewer than 1e5 products."""
-
 
 def norm_bracket(linear_map: LinearMap) -> Bracket:
     """A certified bracket of the norm of any map, by the best of what is known about it.
@@ -37,7 +34,13 @@ def norm_bracket(linear_map: LinearMap) -> Bracket:
     upper = linear_map._upper()
     if not math.isfinite(upper):
         raise NotCertifiable(f"{linear_map._get_name()} has entries that are not finite numbers; check its weights")
-    return Bracket(min(krylov_lower_bound(linear_map, scale=upper), upper), upper)
+    lower = krylov_lower_bound(linear_map, scale=upper)
+    if lower > upper:
+        raise NotCertifiable(
+            f"{linear_map._get_name()} amplifies some vector {lower:.6g} times, above the bound {upper:.6g} of its parts: "
+            "a declared norm of a part is too small"
+        )
+    return Bracket(lower, upper)
 
 
 def exact_symbol(linear_map: LinearMap) -> Symbol | None:
@@ -170,7 +173,8 @@ def krylov_lower_bound(linear_map: LinearMap, scale: float, steps: int = 24) -> 
     quotient = float(torch.linalg.vector_norm(forward(vector)) / torch.linalg.vector_norm(vector))
     if not math.isfinite(quotient):
         raise NotCertifiable(f"{linear_map._get_name()} gives values that are not finite numbers; check its weights")
-    return max(quotient * (1 - APPLICATION_ERROR) - APPLICATION_ERROR * scale, 0.0)
+    error = max(m.application_error for m in linear_map.modules() if isinstance(m, LinearMap))
+    return max(quotient - error * (quotient + scale), 0.0)
 
 
 def positive_upper_bound(
