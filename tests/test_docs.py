@@ -1,0 +1,72 @@
+"""The pages are true: every block of Python in them runs, and prints what the page says; doctests and examples, too."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import pkgutil
+import re
+import runpy
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import firmly
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+
+
+def blocks(page: Path) -> list[tuple[str, str, int]]:
+    """(language, text, line) of every fenced block."""
+    source = page.read_text()
+    return [(m[1], m[2], source.count("\n", 0, m.start()) + 2) for m in BLOCK.finditer(source)]
+
+
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "_build" not in p.parts]
+RUNNABLE = [p for p in PAGES if any(language == "python" for language, _, _ in blocks(p))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MODULES = sorted(m.name for m in pkgutil.walk_packages(firmly.__path__, "firmly.") if not m.name.endswith("__main__"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+def test_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": "page"}
+    printed = None
+    for language, text, line in blocks(page):
+        if language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile("\n" * (line - 1) + text, str(page), "exec"), scope)
+            printed = output.getvalue()
+        elif language == "text" and printed is not None:
+            same = doctest.OutputChecker().check_output(text, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+            assert same, f"{page}, line {line}: the page shows\n{text}\nthe code prints\n{printed}"
+            printed = None
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_example_runs(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "an example says what it found"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    failed, _ = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
