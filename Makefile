@@ -31,8 +31,9 @@ setup: .venv/.installed-test
 demo: setup
 	$(BIN)/firmly run deblur
 
+# one thread for each of the parallel processes
 test: setup
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

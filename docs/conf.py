@@ -32,6 +32,10 @@ suppress_warnings = ["myst.strikethrough"]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 
+numfig = True  # equations are numbered by section, and keep their number on other pages
+math_numfig = True
+numfig_secnum_depth = 1
+
 autosummary_generate = True
 autosummary_imported_members = True
 autosummary_ignore_module_all = False
@@ -47,7 +51,7 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_theme_options = {
     "logo": {"text": "firmly"},
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 5,
     "navigation_with_keys": False,
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],

@@ -5,12 +5,16 @@ docutils converts the LaTeX of a formula; Sphinx asks a registered math renderer
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml, pick_math_environment
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
+
+DELIMITER = re.compile(r"<mo(?: [^>]*>([|])|[^>]*>([‖⟨⟩]))</mo>")
 
 
 def mathml(latex: str, block: bool) -> str:
@@ -20,9 +24,11 @@ def mathml(latex: str, block: bool) -> str:
         wrapped = "aligned" if "align" in environment and "\\begin" not in latex else None
         latex = f"\\begin{{{wrapped}}}{latex}\\end{{{wrapped}}}" if wrapped else latex
     try:
-        return latex2mathml.tex2mathml(latex, as_block=block)
+        element = latex2mathml.tex2mathml(latex, as_block=block)
     except MathError as error:
         raise ExtensionError(f"cannot convert the formula {latex!r} to MathML: {error}") from error
+    # bars and angles stand close and keep the size of the line, unless \left and \right ask for more
+    return DELIMITER.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1\2</mo>', element)
 
 
 def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
