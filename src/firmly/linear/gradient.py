@@ -77,5 +77,5 @@ class Gradient(LinearMap):
             kernels[(axis, *[0] * self.axes)] = -1.0
             kernels[(axis, *[int(a == axis) for a in range(self.axes)])] = 1.0
         response, error = basis.response(kernels, [0] * self.axes)  # (axes, blocks)
-        value = torch.kron(torch.eye(self.domain[0], dtype=torch.float64, device=basis.device), response.T[:, :, None])
+        value = torch.kron(torch.eye(self.domain[0], dtype=torch.float64, device=basis.device), response.T[:, :, None].contiguous())
         return basis.bounded(value, torch.linalg.vector_norm(error).reshape(1))

@@ -72,14 +72,15 @@ class Resolvent(LinearMap):
                 f"has more than {LARGEST_DENSE} entries; use an algorithm that needs only A and A.T (forward-backward, "
                 "Chambolle-Pock), or circular padding"
             )
-        flat = x.flatten(1)
+        flat = x.flatten(1).to(torch.complex128 if x.is_complex() else torch.float64)
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*self.of.parameters(), *self.of.buffers())):
-            gram = self._gram()
-            system = gram + self.weight.to(gram.dtype) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            result = torch.linalg.solve(system, flat.to(gram.dtype).mT).mT
+            gram = self._gram().to(flat.dtype)
+            system = gram + self.weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            result = torch.linalg.solve(system, flat.mT).mT
         else:
             values, vectors = self._spectrum.get(self.of, self._eigen)
-            result = ((flat.to(vectors.dtype) @ vectors.conj()) / (values + self.weight)) @ vectors.mT
+            vectors = vectors.to(flat.dtype)
+            result = ((flat @ vectors.conj()) / (values + self.weight)) @ vectors.mT
         return result.to(x.dtype).reshape(x.shape)
 
     def _gram(self) -> Tensor:

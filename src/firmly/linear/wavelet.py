@@ -98,7 +98,7 @@ def _scaling_filter(name: str) -> list[float]:
     try:
         import pywt
     except ImportError as error:
-        raise ImportError("Wavelet takes its filters from PyWavelets, which is not installed: pip install PyWavelets") from error
+        raise ImportError("Wavelet takes its filters from PyWavelets, which is not installed: pip install 'firmly[wavelet]'") from error
     if name not in pywt.wavelist(kind="discrete"):
         raise ConditionError(f"unknown wavelet {name!r}: choose one of {pywt.wavelist(kind='discrete')}")
     wavelet = pywt.Wavelet(name)
