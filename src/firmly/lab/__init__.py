@@ -1,0 +1,1 @@
+"""Experiments: settings, training, tracking and reports."""

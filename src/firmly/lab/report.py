@@ -1,0 +1,118 @@
+"""The report of a run: one HTML page without scripts or links to elsewhere, made from the files of the run folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from firmly.lab.charts import Line, Mark, bracket_chart, dot_chart, line_chart, number
+from firmly.lab.pictures import data_uri
+from firmly.lab.run_folder import RunFolder
+
+WIDE, NARROW = 720, 327  # CSS pixels of a chart on a desktop, and on a phone of 375 px less its margins
+
+METHOD_NAMES = {
+    "product": "product of norms",
+    "averaged": "averaged recursion",
+    "direct": "direct recursion",
+    "virtual": "virtual network",
+    "spectral": "spectral LMI",
+}
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write `report.html` from `results.json`, the settings, the environment and the pictures of a run."""
+    return run.write("report.html", render(run))
+
+
+def render(run: RunFolder) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    results = run.read_json("results.json")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = number
+    environment.filters["count"] = lambda n: f"{n:,}"
+    template = environment.from_string((files("firmly.lab") / "report.html.j2").read_text(encoding="utf-8"))
+    methods = {m["key"]: m for m in results["methods"]}
+    return template.render(
+        r=results,
+        methods=methods,
+        ours=methods["certified"],
+        twin=methods.get("unconstrained"),
+        environment=run.environment(),
+        settings=run.settings_text(),
+        folder=run.path.name,
+        pictures=_pictures(run),
+        charts=_charts(results, methods),
+    )
+
+
+def _pictures(run: RunFolder) -> dict[str, str]:
+    return {path.stem: data_uri(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))}
+
+
+def _charts(results: dict[str, Any], methods: dict[str, Any]) -> dict[str, Markup]:
+    charts = {}
+    if results["certificate"]:
+        charts["bracket"] = _both(lambda width: _bracket(results, width))
+    if any(results["history"].values()):
+        charts["training"] = _both(lambda width: _training(results, methods, width))
+    if len(results["budgets"]) > 1:
+        charts["budget"] = _both(lambda width: _budget(results, width))
+    charts["images"] = _both(lambda width: _images(results, methods, width))
+    return charts
+
+
+def _both(draw: Callable[[int], Markup]) -> Markup:
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(draw(WIDE), draw(NARROW))
+
+
+def _bracket(results: dict[str, Any], width: int) -> Markup:
+    certificate = results["certificate"]
+    bounds = sorted(certificate["bounds"], key=lambda b: -b["value"] if b["value"] is not None else -float("inf"))
+    marks = [Mark(_method(b["method"]), _value(b["value"]), "other") for b in bounds if b["method"] != certificate["method"]]
+    marks.append(Mark(_method(certificate["method"]), certificate["upper"], "ours"))
+    marks.append(Mark("attained", certificate["lower"], "ours"))
+    beyond = []
+    if results["twin"] and results["twin"]["lower"]:
+        lower = results["twin"]["lower"]
+        beyond.append(Mark("twin, attained", lower, "twin", "≥ " + number(lower)))
+    label = f"Bounds of the worst-case amplification: between {certificate['lower']:.4g} and {certificate['upper']:.4g}"
+    return bracket_chart(certificate["lower"], certificate["upper"], marks, width, beyond, label)
+
+
+def _training(results: dict[str, Any], methods: dict[str, Any], width: int) -> Markup:
+    lines = []
+    for key, rows in results["history"].items():
+        points = [(r["epoch"] + 1, r["score"]) for r in rows if "score" in r]
+        if points and key in methods:
+            lines.append(Line(methods[key]["name"], points, methods[key]["role"]))
+    label = "Validation PSNR of the networks over the epochs of training"
+    return line_chart(lines, width, 240, "epoch", "validation PSNR, dB", label=label)
+
+
+def _budget(results: dict[str, Any], width: int) -> Markup:
+    points = sorted((b["upper"], b["psnr"]) for b in results["budgets"])
+    label = "Held-out PSNR against the certified bound of networks trained for different budgets"
+    line = Line("", points, "ours")
+    return line_chart([line], width, 260, "certified bound", "held-out PSNR, dB", log_x=True, dots=True, label=label)
+
+
+def _images(results: dict[str, Any], methods: dict[str, Any], width: int) -> Markup:
+    shown = [methods[k] for k in ("measured", "tv", "certified", "unconstrained") if k in methods]
+    series = [Line(m["name"], list(enumerate(m["per_image"]["psnr"])), m["role"]) for m in shown]
+    label = "PSNR of every held-out photograph under each method"
+    return dot_chart(results["images"], series, width, "dB", label)
+
+
+def _method(name: str) -> str:
+    return METHOD_NAMES.get(name, name)
+
+
+def _value(value: float | None) -> float:
+    return float("inf") if value is None else value
