@@ -19,6 +19,8 @@ from firmly.linear.symbol import Symbol
 
 Padding = Literal["circular", "zero", "reflect"]
 
+LARGEST_SUM = 64  # taps
+
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -26,10 +28,11 @@ _TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 class Convolution(LinearMap):
     """(A x)_o[i] = sum_c sum_j kernel[o, c, j] x_c[i + j - centre], with centre = size // 2 along each axis.
 
-    This is torch's cross-correlation with an output as large as the input. `shape` is the domain (channel, *spatial), with
-    one to three spatial axes. The real kernel is (out, in, *size), or (*size) to filter every channel alike; it may be a learnable
-    parameter. `padding` says what lies beyond the border: the other side ("circular"), nothing ("zero") or the mirror
-    image without the border pixel repeated ("reflect"). Misfit shapes raise `ShapeError`.
+    This is torch's cross-correlation with an output as large as the input. `shape` is the domain (channel, *spatial),
+    with one to three spatial axes. The real kernel is (out, in, *size), or (*size) to filter every channel alike; it
+    may be a learnable parameter. `padding` says what lies beyond the border: the other side ("circular"), nothing
+    ("zero") or the mirror image without the border pixel repeated ("reflect"). Shapes that do not fit raise
+    `ShapeError`.
     """
 
     kernel: Tensor
@@ -37,7 +40,7 @@ class Convolution(LinearMap):
     def __init__(self, kernel: Tensor, shape: Sequence[int], padding: Padding = "circular"):
         axes = len(shape) - 1
         if axes not in _CONVOLVE:
-            raise ShapeError(f"Convolution takes a domain (channel, *spatial) with 1 to 3 spatial axes, given {tuple(shape)}")
+            raise ShapeError(f"Convolution takes a domain (channel, *spatial) with 1 to 3 axes, given {tuple(shape)}")
         if kernel.is_complex() or not kernel.is_floating_point():
             raise ShapeError(f"Convolution takes a real floating-point kernel, given {kernel.dtype}")
         if padding not in get_args(Padding):
@@ -45,8 +48,8 @@ class Convolution(LinearMap):
         per_channel = kernel.dim() == axes
         if not per_channel and (kernel.dim() != axes + 2 or kernel.shape[1] != shape[0]):
             raise ShapeError(
-                f"for a domain {tuple(shape)} the kernel is (out, {shape[0]}, *size) or (*size) with {axes} axes of size, "
-                f"given {tuple(kernel.shape)}"
+                f"for a domain {tuple(shape)} the kernel is (out, {shape[0]}, *size) or (*size) with {axes} axes of "
+                f"size, given {tuple(kernel.shape)}"
             )
         super().__init__(shape, (shape[0] if per_channel else kernel.shape[0], *shape[1:]))
         self.padding: Padding = padding
@@ -60,10 +63,20 @@ class Convolution(LinearMap):
         return tuple(k // 2 for k in self.kernel.shape[-len(self.domain) + 1 :])
 
     def _apply_map(self, x: Tensor) -> Tensor:
+        if self._is_fast_by_frequency():
+            return self._by_frequency(x, self._transform(x).conj())
         return self._correlate(x, self.kernel)
 
     def _apply_adjoint(self, y: Tensor) -> Tensor:
+        if self._is_fast_by_frequency():
+            response = self._transform(y)
+            return self._by_frequency(y, response if self.per_channel else response.transpose(0, 1))
         return self._correlate_adjoint(y, self.kernel)
+
+    def matrix(self) -> Tensor:
+        size = math.prod(self.domain)
+        eye = torch.eye(size, dtype=torch.float64, device=self.kernel.device).reshape(size, *self.domain)
+        return self._correlate(eye, self.kernel).reshape(size, -1).T  # by sums: every entry is a tap, without rounding
 
     def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
         batch, weight = x.shape[0], self._weight(kernel, x.dtype)
@@ -74,6 +87,30 @@ class Convolution(LinearMap):
         batch, weight = y.shape[0], self._weight(kernel, y.dtype)
         full = _TRANSPOSE[len(self.domain) - 1](y.reshape(-1, weight.shape[0], *self.domain[1:]), weight)
         return self._fold(full, weight.shape[2:]).reshape(batch, *self.domain)
+
+    def _is_fast_by_frequency(self) -> bool:
+        """Whether sums over the taps are slower than Fourier transforms (measured on CPU)."""
+        return self.padding == "circular" and math.prod(self.kernel.shape[-len(self.domain) + 1 :]) > LARGEST_SUM
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """Fourier transform of the kernel with its centre at the origin, wrapped onto the grid of x."""
+        spatial, size = self.domain[1:], self.kernel.shape[-len(self.domain) + 1 :]
+        index = torch.zeros(1, dtype=torch.long, device=x.device)
+        for n, k in zip(spatial, size):
+            index = (index[:, None] * n + (torch.arange(k, device=x.device) - k // 2) % n).flatten()
+        taps = self.kernel.to(x.real.dtype).flatten(-len(size))
+        grid = taps.new_zeros(*taps.shape[:-1], math.prod(spatial)).index_add(-1, index, taps)
+        transform = torch.fft.fftn if x.is_complex() else torch.fft.rfftn
+        return transform(grid.unflatten(-1, spatial), dim=tuple(range(-len(spatial), 0)))
+
+    def _by_frequency(self, x: Tensor, response: Tensor) -> Tensor:
+        spatial, axes = self.domain[1:], tuple(range(2, x.dim()))
+        frequencies = torch.fft.fftn(x, dim=axes) if x.is_complex() else torch.fft.rfftn(x, dim=axes)
+        if self.per_channel:
+            product = response * frequencies
+        else:
+            product = torch.einsum("oi...,bi...->bo...", response, frequencies)
+        return torch.fft.ifftn(product, dim=axes) if x.is_complex() else torch.fft.irfftn(product, s=spatial, dim=axes)
 
     def _weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         return (kernel[None, None] if self.per_channel else kernel).to(dtype)
@@ -153,8 +190,8 @@ class Convolution(LinearMap):
             return super()._symbol(basis)
         if self.padding != "circular" or basis.spatial != self.domain[1:]:
             raise NotDiagonal(
-                f"a convolution on {self.domain} with {self.padding} padding is not diagonal in Fourier on {basis.spatial}; "
-                "use padding='circular', or a mask around a circular convolution on a larger grid"
+                f"a convolution on {self.domain} with {self.padding} padding is not diagonal in Fourier on "
+                f"{basis.spatial}; use padding='circular', or a mask around a circular convolution on a larger grid"
             )
         response, error = basis.response(self.kernel, self.centre)
         if self.per_channel:
