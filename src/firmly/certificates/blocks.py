@@ -1,0 +1,166 @@
+"""A system in a basis: for every block, the matrices from (inputs, nonlinearities) to every z_i and to the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from firmly.certificates.system import Input, Linear, Sum, System
+from firmly.linear.basis import Basis
+from firmly.linear.symbol import Symbol, meet
+from firmly.prox.prior import Slope
+
+
+@dataclass
+class Blocks:
+    """`z_i = Z_i (d, v)` and `output = O (d, v)` on every block; columns are ordered d, v_1, v_2, ...
+
+    In the averaged form (`sweep(..., averaged=True)`) the columns are (d, q) instead, with v_i = (a+b)/2 z_i + (b-a)/2 q_i
+    and |q_i| <= |z_i|.
+    """
+
+    basis: Basis
+    inputs: list[slice]
+    columns: list[slice]  # of v_i (or q_i)
+    slopes: list[Slope]
+    separable: list[bool]
+    rows: list[Symbol]  # Z_i
+    output: Symbol
+
+    @property
+    def width(self) -> int:
+        return self.columns[-1].stop if self.columns else self.inputs[-1].stop
+
+
+def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
+    """Propagate symbols through the graph, once; raises `NotDiagonal` if some map is not diagonal in the basis."""
+    values: list[Symbol] = []
+    inputs: list[slice] = []
+    columns: list[slice] = []
+    slopes: list[Slope] = []
+    separable: list[bool] = []
+    rows: list[Symbol] = []
+    coordinates = Coordinates()
+    width = 0
+    for node in system.nodes:
+        if isinstance(node, Input):
+            inputs.append(slice(width, width + basis.channels(node.shape)))
+            width = inputs[-1].stop
+            values.append(unit(basis, inputs[-1]))
+            coordinates.add(None)
+        elif isinstance(node, Linear):
+            symbol = node.map.symbol(basis)
+            values.append(untagged(symbol) @ values[node.parent])
+            coordinates.mapped(symbol, node.parent)
+        elif isinstance(node, Sum):
+            widest = max(values[i].value.shape[2] for _, i in node.terms)
+            terms = [scaled(padded(values[i], widest), coefficient) for coefficient, i in node.terms]
+            values.append(reduce(Symbol.__add__, terms))
+            coordinates.joined([i for _, i in node.terms])
+        else:
+            z = values[node.parent]
+            columns.append(slice(width, width + basis.channels(node.shape)))
+            slopes.append(node.slope)
+            separable.append(node.structure in ("separable", "channel"))
+            rows.append(z)
+            width = columns[-1].stop
+            v = unit(basis, columns[-1])
+            if averaged:
+                low, high = float(node.slope.low), float(node.slope.high)
+                v = scaled(v, (high - low) / 2)
+                if high + low != 0:
+                    v = scaled(padded(z, width), (high + low) / 2) + v
+            values.append(v)
+            if node.slope.low + node.slope.high == 0:  # |v| <= c |z| alone: v may live in other coordinates
+                coordinates.add(None)
+            else:
+                coordinates.joined([node.parent])
+    rows = [real_if_close(padded(z, width)) for z in rows]
+    return Blocks(basis, inputs, columns, slopes, separable, rows, real_if_close(padded(values[system.output], width)))
+
+
+class Coordinates:
+    """Which coordinates every value is expressed in: each source may choose once, where it is first used."""
+
+    def __init__(self) -> None:
+        self.cells: list[int] = []  # of every value
+        self.links: list[int] = []  # cell -> representative cell
+        self.names: list[str | None] = []
+
+    def add(self, name: str | None) -> None:
+        self.cells.append(len(self.links))
+        self.links.append(len(self.links))
+        self.names.append(name)
+
+    def find(self, value: int) -> int:
+        cell = self.cells[value]
+        while self.links[cell] != cell:
+            cell = self.links[cell]
+        return cell
+
+    def mapped(self, symbol: Symbol, parent: int) -> None:
+        if symbol.rows is None and symbol.columns is None:
+            self.joined([parent])
+            return
+        cell = self.find(parent)
+        self.names[cell] = symbol.columns if self.names[cell] is None else meet(self.names[cell], symbol.columns)
+        self.add(symbol.rows)
+
+    def joined(self, values: list[int]) -> None:
+        first = self.find(values[0])
+        for value in values[1:]:
+            other = self.find(value)
+            if other != first:
+                known = [name for name in (self.names[first], self.names[other]) if name is not None]
+                self.names[first] = meet(known[0], known[-1]) if known else None
+                self.links[other] = first
+        self.cells.append(first)
+
+
+def untagged(symbol: Symbol) -> Symbol:
+    return Symbol(symbol.value, symbol.error)
+
+
+def scaled(symbol: Symbol, coefficient: float | Tensor) -> Symbol:
+    return symbol if isinstance(coefficient, float) and coefficient == 1.0 else symbol.scale(coefficient)
+
+
+def unit(basis: Basis, columns: slice) -> Symbol:
+    """The value that is its own source: [0 I] with the identity in the given columns."""
+    size = columns.stop - columns.start
+    value = torch.zeros(1, size, columns.stop, dtype=torch.float64, device=basis.device)
+    value[0, :, columns] = torch.eye(size, dtype=torch.float64, device=basis.device)
+    return untagged(basis.exact(value))
+
+
+def padded(symbol: Symbol, width: int) -> Symbol:
+    missing = width - symbol.value.shape[2]
+    if missing == 0:
+        return symbol
+    value = torch.nn.functional.pad(symbol.value, (0, missing))
+    return Symbol(value, symbol.error)
+
+
+def real_if_close(symbol: Symbol) -> Symbol:
+    """Drop imaginary parts of the size of rounding errors, and count them as error."""
+    if not symbol.value.is_complex():
+        return symbol
+    imaginary = torch.linalg.vector_norm(symbol.value.detach().imag, dim=(1, 2))
+    if float(imaginary.max()) > 1e-12 * (1 + float(symbol.frobenius().max())):
+        return symbol
+    error = None if symbol.error is None else symbol.error + imaginary * (1 + 1e-12)
+    return Symbol(symbol.value.real, error)
+
+
+def block_norms(symbol: Symbol, columns: slice | None = None) -> Tensor:
+    """Upper bounds of the spectral norms of all blocks, restricted to some columns; shape (blocks,)."""
+    value = symbol.value if columns is None else symbol.value[:, :, columns]
+    if min(value.shape[1:]) == 1:
+        norms = torch.linalg.vector_norm(value, dim=(1, 2))
+    else:
+        norms = torch.linalg.matrix_norm(value, ord=2)
+    norms = norms * (1 + 1e-13 * max(value.shape[1:]))
+    return norms if symbol.error is None else norms + symbol.error

@@ -1,0 +1,158 @@
+"""`certify`: trace, choose a basis, bound from above by several methods and from below by an attained pair."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from firmly.certificates.blocks import Blocks, sweep
+from firmly.certificates.certificate import Bound, Certificate
+from firmly.certificates.forward_backward import virtual_bound
+from firmly.certificates.lower import lower_bound
+from firmly.certificates.norm_bounds import averaged_bound, product_bound
+from firmly.certificates.pencil import pencil
+from firmly.certificates.representation import represent
+from firmly.certificates.signal import trace
+from firmly.certificates.spectral import causal_multipliers, minimise_rho
+from firmly.certificates.system import System, weights_hash
+from firmly.certificates.verify import certified_gain
+from firmly.errors import NotCertifiable, ShapeError
+from firmly.linear.basis import Basis
+from firmly.linear.map import LinearMap
+
+Method = Literal["auto", "product", "averaged", "direct", "virtual", "spectral"]
+Shapes = Sequence[int] | Mapping[str, Sequence[int]]
+
+# 'direct' is the name of the averaged recursion where it runs on the bias of forward-backward.
+NORM_BOUNDS: dict[str, Callable[[System, Basis], float]] = {
+    "product": product_bound,
+    "averaged": averaged_bound,
+    "direct": averaged_bound,
+    "virtual": virtual_bound,
+}
+# The matrices of all blocks are held at once; beyond this many entries the inequality is not attempted.
+SPECTRAL_ENTRIES = 4e8
+
+
+@torch.no_grad()
+def certify(
+    net: nn.Module,
+    wrt: str | Sequence[str] = "data",
+    method: Method = "auto",
+    shape: Shapes | None = None,
+    tolerance: float = 1e-4,
+    budget_s: float = 60.0,
+) -> Certificate:
+    """A certified bracket of the Lipschitz constant of `net`, for perturbations of the inputs `wrt` in Euclidean norm.
+
+    Networks of `firmly.unroll` know their inputs ("data", "start", or "both"); for any other module `shape` gives the
+    shape of its input without the batch, or a dict from argument names of `forward` to shapes, and `wrt` names
+    arguments ("data" is the first, "both" all). Weights are taken in double precision, as the network is now.
+
+    `method`: "product", "averaged" ("direct"), "virtual" (forward-backward only), "spectral" (matrix inequality with shared
+    multipliers), or "auto" for all that apply; the smallest bound is returned. `tolerance` is the relative accuracy of the
+    spectral bound and `budget_s` the seconds it may take. Raises `NotCertifiable` for what no sound bound is known of.
+    """
+    if method != "auto" and method != "spectral" and method not in NORM_BOUNDS:
+        raise ValueError(f"unknown method {method!r}: choose auto, spectral, {', '.join(NORM_BOUNDS)}")
+    inputs = input_shapes(net, shape)
+    names = perturbed_inputs(inputs, wrt)
+    is_complex = any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
+    net = copy.deepcopy(net).double().cpu()
+    system = trace(net, inputs, names, is_complex)
+    choice, basis, blocked, relaxations = represent(system)
+    bounds: list[Bound] = []
+    for name, bound in NORM_BOUNDS.items():
+        if method == name or (method == "auto" and name != "direct"):
+            started = time.perf_counter()
+            try:
+                bounds.append(Bound(name, bound(blocked, basis), time.perf_counter() - started))
+            except NotCertifiable:
+                if method == name:
+                    raise
+    multipliers, per_channel = None, choice.name in ("dense", "fourier")
+    blocks = sweep(blocked, basis)
+    if method in ("auto", "spectral"):
+        found, multipliers = spectral_bound(blocks, per_channel, tolerance, budget_s)
+        bounds.append(found)
+    best = min(bounds, key=lambda b: b.value)
+    if not best.value < float("inf"):
+        raise NotCertifiable(
+            f"no finite bound was found for this network (methods tried: {[b.method for b in bounds]})"
+        )
+    found_lower = lower_bound(net, inputs, names, is_complex, choice, blocks, max(0.2 * budget_s, 1.0))
+    return Certificate(
+        lower=min(found_lower.ratio * (1 - 1e-12), best.value),
+        upper=best.value,
+        method=best.method,
+        bounds=bounds,
+        wrt=names,
+        inputs=inputs,
+        is_complex=is_complex,
+        basis=choice,
+        per_channel=per_channel,
+        assumptions=[*assumptions(inputs, names), *system.assumptions, *relaxations],
+        weights_hash=weights_hash(net),
+        system_hash=system.fingerprint(),
+        point=found_lower.point,
+        perturbation=found_lower.perturbation,
+        multipliers=multipliers if best.method == "spectral" else None,
+    )
+
+
+def spectral_bound(blocks: Blocks, per_channel: bool, tolerance: float, budget_s: float) -> tuple[Bound, Tensor | None]:
+    """The matrix inequality over all blocks, solved and then verified."""
+    started = time.perf_counter()
+    height = sum(r.value.shape[1] for r in blocks.rows) + blocks.output.value.shape[1]
+    count = max(r.value.shape[0] for r in [*blocks.rows, blocks.output])
+    if count * height * blocks.width > SPECTRAL_ENTRIES:
+        return Bound("spectral", float("inf"), 0.0, f"not attempted: {count} blocks of width {blocks.width}"), None
+    family = pencil(blocks, per_channel)
+    result = minimise_rho(family, tolerance, budget_s)
+    note = f"{len(family)} blocks of width {family.width}, {family.multipliers} multipliers, {result.cuts} cuts"
+    interior = causal_multipliers(family)
+    for share in (0.0, 1e-9, 1e-7, 1e-5, 1e-3, 1e-1):  # an optimum on the boundary is not proved; a point inside is
+        mu = (1 - share) * result.mu + share * interior
+        value = certified_gain(blocks, mu, per_channel)
+        if value < float("inf"):
+            break
+    return Bound("spectral", value, time.perf_counter() - started, note), mu
+
+
+def input_shapes(net: nn.Module, shape: Shapes | None) -> dict[str, tuple[int, ...]]:
+    known = getattr(net, "inputs", None)
+    if shape is None and isinstance(known, Mapping):
+        shape = known
+    if shape is None:
+        raise ShapeError(
+            "this module does not know the shape of its input: certify(module, shape=(channels, height, width))"
+        )
+    named = shape if isinstance(shape, Mapping) else {"data": shape}
+    return {name: tuple(int(n) for n in s) for name, s in named.items()}
+
+
+def perturbed_inputs(inputs: Mapping[str, Sequence[int]], wrt: str | Sequence[str]) -> tuple[str, ...]:
+    if wrt == "both":
+        return tuple(inputs)
+    if wrt == "data" and "data" not in inputs:
+        return (next(iter(inputs)),)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    unknown = [name for name in names if name not in inputs]
+    if unknown or not names:
+        raise ValueError(f"cannot certify with respect to {unknown or names}: the inputs are {list(inputs)}")
+    return names
+
+
+def assumptions(inputs: Mapping[str, Sequence[int]], names: Sequence[str]) -> list[str]:
+    perturbed = " and ".join(f"'{n}' of shape {tuple(inputs[n])}" for n in names)
+    others = [n for n in inputs if n not in names]
+    texts = [
+        f"Euclidean norms; perturbed: {perturbed}" + (f"; held fixed: {', '.join(others)}" if others else ""),
+        "exact arithmetic on the stored weights; rounding inside the network itself is not covered",
+    ]
+    return texts

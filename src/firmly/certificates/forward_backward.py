@@ -1,0 +1,103 @@
+"""The bound of the unfolded forward-backward algorithm through its virtual network with leakage.
+
+Chouzenoux, Della Valle, Pesquet, Stability Bounds for the Unfolded Forward-Backward Algorithm, JMIV 2025 (arXiv 2412.17888).
+The bias b_0 that feeds every layer is carried along as part of the state, z_n = (x_n, b_n), scaled by leakage factors
+eta_n that the network itself does not depend on. In a common eigenbasis every layer acts by a 2 x 2 matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from firmly.certificates.blocks import Blocks, sweep
+from firmly.certificates.system import System
+from firmly.errors import NotCertifiable
+from firmly.linear.basis import Basis
+
+START, BIAS, JOINT = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # d -> (x_0, b_0): one of them, or both equal to d
+
+
+def virtual_network_bound(
+    beta: Tensor,
+    steps: Tensor,
+    eta: Tensor | None = None,
+    entry: Tensor | tuple[float, float] | None = None,
+    output: Literal["state", "image"] = "image",
+) -> float:
+    """theta_m / 2^(m-1) for layers x_n = R_n(beta_n x_{n-1} + steps_n b_0) on eigenvalues, beta (m, P), steps (m,).
+
+    M_{i..n} = [[B, L], [0, e]] on every eigenvalue, with B the product of the beta, e = eta_n / eta_{i-1} and L the response to the
+    bias; a_{i,n} = |M_{i..n}|^2; theta_0 = 1, theta_n = sum_i theta_{i-1} sqrt(a_{i,n}). `output="image"` drops the row of
+    the bias in the last layer. `entry` (P, 2) or (2,) says how (x_0, b_0) depends on a scalar input; None perturbs both freely.
+    """
+    m, size = beta.shape
+    eta = torch.ones(m + 1, dtype=beta.dtype) if eta is None else eta
+    theta = [1.0]
+    for n in range(1, m + 1):
+        total = 0.0
+        B = torch.ones(size, dtype=beta.dtype)
+        response = torch.zeros(size, dtype=beta.dtype)  # of x_n to the carried b_{i-1}
+        for i in range(n, 0, -1):
+            response = response * (eta[i] / eta[i - 1]) + B * (steps[i - 1] * eta[0] / eta[i - 1])
+            B = B * beta[i - 1]
+            leak = 0.0 if n == m and output == "image" else eta[n] / eta[i - 1]
+            if i == 1 and entry is not None:
+                x0, b0 = torch.as_tensor(entry).expand(size, 2).unbind(1)
+                square = (B * x0 + response * b0).abs() ** 2 + leak**2 * b0.abs() ** 2
+            else:
+                trace = B**2 + response**2 + leak**2
+                square = 0.5 * (trace + torch.sqrt((trace**2 - 4 * B**2 * leak**2).clamp(min=0)))
+            total += theta[i - 1] * float(square.max().sqrt())
+        theta.append(total)
+    return theta[m] / 2 ** (m - 1)
+
+
+def best_leakage_bound(beta: Tensor, steps: Tensor, entry: Tensor | tuple[float, float] | None = None) -> float:
+    """The smallest bound over geometric leakages eta_n = ratio^n; each of them is valid."""
+    powers = torch.arange(len(steps) + 1, dtype=torch.float64)
+    ratios = torch.linspace(0.7, 1.3, 13, dtype=torch.float64)
+    return min(virtual_network_bound(beta, steps, ratio**powers, entry) for ratio in ratios)
+
+
+def virtual_bound(system: System, basis: Basis) -> float:
+    """The virtual-network bound of a traced forward-backward network with one input, in its common eigenbasis."""
+    beta, steps, entry = chain(sweep(system, basis))
+    return best_leakage_bound(beta, steps, entry) * (1 + 1e-9)
+
+
+def chain(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """(beta, steps, entry) if z_n = beta_n v_{n-1} + steps_n h d on every block, with one channel and R_n firmly nonexpansive.
+
+    The first layer is the entry: z_1 = x_0 with x_0 = M_1 d and b_0 = h d.
+    """
+    layers = len(blocks.rows)
+    if layers == 0 or blocks.width != layers + 1 or any(tuple(s) != (0.0, 1.0) for s in blocks.slopes):
+        raise NotCertifiable("the virtual network takes one input, one channel, and firmly nonexpansive layers")
+    count = max(r.value.shape[0] for r in [*blocks.rows, blocks.output])
+    rows = torch.cat([r.value.expand(count, -1, -1).to(torch.complex128) for r in blocks.rows], dim=1)
+    last = torch.zeros(blocks.width, dtype=torch.complex128)
+    last[-1] = 1.0
+    outside = rows.clone()
+    outside[:, :, 0] = 0.0
+    for n in range(1, layers):
+        outside[:, n, n] = 0.0
+    output = blocks.output.value.to(torch.complex128)
+    if float(outside.abs().max()) > 0 or not bool((output == last).all()):
+        raise NotCertifiable("the network is not a chain: some layer sees more than the layer before it and the data")
+    beta = torch.ones(layers, count, dtype=torch.complex128)
+    for n in range(1, layers):
+        beta[n] = rows[:, n, n]
+    gains = rows[:, :, 0].T  # (layers, blocks)
+    later = gains[1:]
+    h = later[int(later.abs().amax(1).argmax())] if len(later) else torch.zeros(count, dtype=torch.complex128)
+    size = torch.linalg.vector_norm(h).square().clamp(min=1e-300)
+    steps = torch.cat([torch.zeros(1, dtype=torch.complex128), (later @ h.conj()) / size])
+    residual = (later - steps[1:, None] * h).abs().max() if len(later) else torch.zeros(())
+    if float(residual) > 1e-11 * (1 + float(h.abs().max())) or float(steps.imag.abs().max()) > 1e-11:
+        raise NotCertifiable("the data enters the layers differently: there is no common bias")
+    if float(beta.imag.abs().max()) > 1e-11:
+        raise NotCertifiable("the weight operators of the layers are not symmetric")
+    return beta.real, steps.real, torch.stack([gains[0], h], dim=1)

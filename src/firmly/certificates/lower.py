@@ -1,0 +1,204 @@
+"""Lower bounds: pairs of inputs that a network really moves apart, and the attack that finds them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from firmly.certificates.blocks import Blocks
+from firmly.certificates.pencil import Pencil, pencil
+from firmly.certificates.representation import BasisChoice
+from firmly.errors import DataError
+
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The perturbation of y found to move the output most, within the radius asked for."""
+
+    perturbation: Tensor
+    change: float  # |net(y + perturbation) - net(y)|
+    ratio: float  # change / |perturbation|
+
+
+def attack(net: nn.Module, y: Tensor, radius: float, steps: int = 30, seed: int = 0) -> Attack:
+    """Search max |net(y + d) - net(y)| over |d| <= radius, for one sample y of shape (1, *shape).
+
+    Each step moves d to the point of the ball furthest along the gradient of the change, d <- radius g / |g| with
+    g = J(y + d)^T (net(y + d) - net(y)): the power method where the network is linear, and never worse than its start
+    where it is not, since the best d met is returned. The result is a lower bound of the true worst case.
+    """
+    if not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"the radius of an attack is positive and finite, given {radius}")
+    if y.shape[0] != 1:
+        raise DataError(f"an attack takes one sample (1, *shape), given {tuple(y.shape)}; call it for each sample")
+    if not bool(torch.isfinite(torch.view_as_real(y) if y.is_complex() else y).all()):
+        raise DataError("the data to attack contains NaN or infinite values")
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+    return ascend(net, y, radius * start / start.norm(), steps)
+
+
+def ascend(net: Network, y: Tensor, start: Tensor, steps: int, deadline: float = math.inf) -> Attack:
+    """Improve a perturbation at fixed radius |start|; stops when two steps gain less than one part in 10^5."""
+    radius = float(start.norm())
+    with torch.no_grad():
+        origin = net(y)
+    best = measured(net, y, start, origin)
+    d, stalled = start, 0
+    for _ in range(steps):
+        gradient, change = change_gradient(net, y, d, origin)
+        size = float(gradient.norm())
+        if change > best.change * (1 + 1e-5):
+            stalled = 0
+        else:
+            stalled += 1
+        if change > best.change:
+            best = Attack(d, change, change / radius)
+        if not (size > 0 and math.isfinite(size)) or stalled >= 3 or time.monotonic() > deadline:
+            break
+        d = radius * gradient / size
+    final = measured(net, y, d, origin)
+    return final if final.change > best.change else best
+
+
+def change_gradient(net: Network, y: Tensor, d: Tensor, origin: Tensor) -> tuple[Tensor, float]:
+    """J(y + d)^T (net(y + d) - net(y)) and the norm of the change."""
+    with torch.enable_grad():
+        point = (y + d).detach().requires_grad_(True)
+        difference = net(point) - origin
+        objective = 0.5 * (difference * difference.conj()).real.sum()
+        (gradient,) = torch.autograd.grad(objective, point)
+    return gradient.detach(), float(torch.sqrt(2 * objective.detach()))
+
+
+@torch.no_grad()
+def measured(net: Network, y: Tensor, d: Tensor, origin: Tensor | None = None) -> Attack:
+    """The change that d causes, with d as the difference of the two inputs in floating point."""
+    origin = net(y) if origin is None else origin
+    moved = y + d
+    actual = moved - y
+    change, size = float((net(moved) - origin).norm()), float(actual.norm())
+    return Attack(actual, change, change / size if size > 0 and math.isfinite(change) else 0.0)
+
+
+def as_function(net: nn.Module, inputs: Mapping[str, Sequence[int]], names: Sequence[str], is_complex: bool) -> Network:
+    """The network as a function of one tensor: the perturbed input, or all of them flattened and joined; others are zero."""
+    net = copy.deepcopy(net).double().cpu()
+    dtype = torch.complex128 if is_complex else torch.float64
+    fixed = {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in inputs.items()}
+    first = next(iter(inputs))
+
+    def run(x: Tensor) -> Tensor:
+        given = dict(fixed)
+        if len(names) == 1:
+            given[names[0]] = x
+        else:
+            parts = x.split([math.prod(inputs[name]) for name in names], dim=1)
+            given.update({name: part.reshape(1, *inputs[name]) for name, part in zip(names, parts)})
+        return net(given.pop(first), **given)
+
+    return run
+
+
+@dataclass(frozen=True)
+class AttainedPair:
+    """|net(point + perturbation) - net(point)| = ratio |perturbation|."""
+
+    point: Tensor
+    perturbation: Tensor
+    ratio: float
+
+
+def lower_bound(
+    net: nn.Module,
+    inputs: Mapping[str, Sequence[int]],
+    names: Sequence[str],
+    is_complex: bool,
+    choice: BasisChoice,
+    blocks: Blocks,
+    budget_s: float,
+) -> AttainedPair:
+    """The largest ratio found: worst directions of linear regimes at several sizes, then ascent from the best.
+
+    A piecewise-linear network acts as one linear map on large inputs and as another near zero; the blocks give the worst
+    direction when all slopes are at their upper or at their lower ends. Every ratio is measured on the network itself.
+    """
+    deadline = time.monotonic() + budget_s
+    run = as_function(net, inputs, names, is_complex)
+    dtype = torch.complex128 if is_complex else torch.float64
+    shape = (1, *inputs[names[0]]) if len(names) == 1 else (1, sum(math.prod(inputs[n]) for n in names))
+    origin = torch.zeros(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)]
+    if len(names) == 1:
+        waves = regime_directions(choice, blocks, is_complex)
+        directions += [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
+    trials = []
+    output = run(origin)
+    for direction in directions:
+        unit = direction / direction.norm()
+        for size in SIZES:
+            trials.append(measured(run, origin, size * math.sqrt(direction.numel()) * unit, output))
+            if time.monotonic() > deadline:
+                break
+    trials.sort(key=lambda a: -a.ratio)
+    best = trials[0]
+    for trial in trials[:2]:
+        if time.monotonic() < deadline:
+            improved = ascend(run, origin, trial.perturbation, 40, deadline)
+            best = improved if improved.ratio > best.ratio else best
+    return AttainedPair(origin, best.perturbation, best.ratio)
+
+
+# Root-mean-square sizes of trial inputs: small, of the size of data, and where saturating activations are saturated.
+SIZES = (1e-3, 1.0, 1e3, 1e6)
+
+
+def regime_directions(choice: BasisChoice, blocks: Blocks, is_complex: bool) -> list[Tensor]:
+    """Worst inputs of the linear regimes with all slopes at one end, for a dense or a Fourier basis."""
+    if choice.name not in ("dense", "fourier"):
+        return []
+    family = pencil(blocks, per_channel=False)
+    found = []
+    for slopes in (family.high, family.low):
+        index, direction = worst_direction(family, slopes)
+        if choice.name == "dense":
+            found.append(direction)
+            continue
+        channels = len(direction)
+        spectrum = torch.zeros(channels, *choice.spatial, dtype=torch.complex128)
+        last = choice.spatial[-1] if is_complex else choice.spatial[-1] // 2 + 1
+        place = torch.unravel_index(torch.tensor(index), (*choice.spatial[:-1], last))
+        spectrum[(slice(None), *place)] = direction.to(torch.complex128)
+        wave = torch.fft.ifftn(spectrum, dim=tuple(range(1, spectrum.dim())))
+        if is_complex:
+            found += [wave, spectrum]
+        else:
+            found += [part for part in (wave.real, wave.imag) if float(part.norm()) > 1e-3 * float(wave.norm())]
+    return found
+
+
+def worst_direction(family: Pencil, slopes: Tensor) -> tuple[int, Tensor]:
+    """The block and the unit input d with the largest gain when every v_e = slope_e z_e."""
+    best, index, direction, offset = -1.0, 0, torch.zeros(0), 0
+    n = family.inputs
+    for part in family.chunks():
+        system = torch.eye(part.width, dtype=part.O.dtype).expand(len(part), -1, -1).clone()
+        paired = ((part.column < part.width) & (part.row < part.Z.shape[1] - 1)).nonzero().squeeze(1)
+        system[:, part.column[paired], :] -= slopes[paired][:, None] * part.Z[:, part.row[paired], :]
+        inputs = torch.eye(part.width, dtype=part.O.dtype)[:, :n].expand(len(part), -1, -1)
+        gain = part.O @ torch.linalg.solve(system, inputs)
+        norms = torch.linalg.matrix_norm(gain, ord=2) if min(gain.shape[1:]) > 1 else torch.linalg.matrix_norm(gain)
+        if float(norms.max()) > best:
+            best, local = float(norms.max()), int(norms.argmax())
+            index, direction = offset + local, torch.linalg.svd(gain[local], full_matrices=False)[2][0].conj()
+        offset += len(part)
+    return index, direction

@@ -1,0 +1,234 @@
+"""What a basis cannot diagonalise becomes a block with a quadratic constraint that it satisfies.
+
+The result is a system in which every map is diagonal. It is looser than the original, never unsound:
+
+- `A.T A` of any map is symmetric with spectrum in [0, |A|^2]: slopes [0, |A|^2].
+- `A.T R(A .)` with slopes of R in [0, b] has slopes [0, b |A|^2]: <dp, dx> = <dv, A dx> >= |dv|^2 / b >= |dp|^2 / (b |A|^2).
+- an entrywise product with real factors in [a, b] has slopes [a, b].
+- any other map has |v| <= |A| |z|: slopes [-|A|, |A|].
+- an input that is seen only through such maps is replaced by their outputs, whose norms |A_k| |d| add up in squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from firmly.certificates.system import Coefficient, Input, Linear, Nonlinear, Sum, System, parents
+from firmly.errors import NotCertifiable, NotDiagonal
+from firmly.linear.basis import Basis
+from firmly.linear.map import LinearMap
+from firmly.linear.mask import Diagonal
+from firmly.linear.symbol import Symbol
+from firmly.prox.prior import Slope
+
+
+class Norms(Basis):
+    """The coarsest basis: one coordinate per tensor, no map is diagonal in it, and all are known by their norm."""
+
+    name = "norms"
+    blocks = 1
+
+    def __init__(self, track: bool = True):
+        self.track = track
+        self.device = torch.device("cpu")
+
+    def channels(self, shape: Sequence[int]) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient * map(value), or coefficient * map(R(inner(value))) with slopes of R as given; map None: identity."""
+
+    coefficient: Coefficient
+    map: LinearMap | None
+    value: int  # a node of the new system; -1 - k stands for hidden input k of the old one
+    slope: Slope | None = None
+    inner: LinearMap | None = None
+
+
+class Relaxation:
+    """Rewrites a system for one basis, node by node. A value is a node of the new system or a list of pending terms."""
+
+    def __init__(self, system: System, basis: Basis):
+        self.old = system
+        self.basis = basis
+        self.new = System(is_complex=system.is_complex, assumptions=list(system.assumptions))
+        self.values: list[int | list[Term]] = []
+        self.relaxed: list[str] = []
+        self._hidden: dict[tuple[int, int], int] = {}
+        self._direct: dict[int, bool] = {}
+        self._blocks: dict[tuple, int] = {}
+
+    def run(self) -> System:
+        for index, node in enumerate(self.old.nodes):
+            if isinstance(node, Input):
+                self.values.append(self.input(index, node))
+            elif isinstance(node, Linear):
+                self.values.append(self.linear(node))
+            elif isinstance(node, Sum):
+                self.values.append(self.sum(node))
+            else:
+                self.values.append(self.nonlinear(node))
+        self.new.output = self.realised(self.values[self.old.output], self.old.nodes[self.old.output].shape)
+        self.scale_hidden_inputs()
+        return self.new.pruned()
+
+    # -- the four kinds of nodes -------------------------------------------------------------------------------
+
+    def input(self, index: int, node: Input) -> int | list[Term]:
+        uses = [n for n in self.old.nodes if index in parents(n)]
+        exact = all(isinstance(n, Linear) and self.is_diagonal(n.map) for n in uses)
+        direct = any(not isinstance(n, Linear) for n in uses) or index == self.old.output
+        if self.has_coordinates(node.shape) and (exact or direct):
+            return self.new.append(node)
+        return [Term(1.0, None, -1 - index)]
+
+    def linear(self, node: Linear) -> int | list[Term]:
+        value = self.values[node.parent]
+        if isinstance(value, int):
+            if self.is_diagonal(node.map):
+                return self.new.append(Linear(node.map, value, node.shape))
+            return [Term(1.0, node.map, value)]
+        pieces = [(term.coefficient, self.through(node, term)) for term in value]
+        return self.new.append(Sum(tuple(pieces), node.shape))
+
+    def sum(self, node: Sum) -> int | list[Term]:
+        values = [(coefficient, self.values[i]) for coefficient, i in node.terms]
+        if all(isinstance(value, int) for _, value in values):
+            return self.new.append(Sum(tuple((c, v) for c, v in values if isinstance(v, int)), node.shape))
+        terms: list[Term] = []
+        for coefficient, value in values:
+            for term in [Term(1.0, None, value)] if isinstance(value, int) else value:
+                terms.append(Term(coefficient * term.coefficient, term.map, term.value, term.slope, term.inner))
+        return terms
+
+    def nonlinear(self, node: Nonlinear) -> int | list[Term]:
+        value = self.values[node.parent]
+        slope = Slope(float(node.slope.low), float(node.slope.high))
+        if isinstance(value, list) and len(value) == 1 and value[0].map is not None and value[0].slope is None:
+            only = value[0]
+            if slope.low >= 0 and float(only.coefficient) == 1.0 and only.value >= 0:
+                return [Term(1.0, None, only.value, slope, only.map)]
+        parent = self.realised(value, self.old.nodes[node.parent].shape)
+        return self.new.append(Nonlinear(parent, node.slope, node.structure, node.where, node.shape))
+
+    # -- pending terms -----------------------------------------------------------------------------------------
+
+    def through(self, node: Linear, term: Term) -> int:
+        """The new node for node.map applied to one pending term without its coefficient."""
+        shape = node.shape
+        if term.value < 0:
+            if term.map is not None:
+                raise NotDiagonal("an input passes two maps before it meets the basis")
+            return self.hidden_input(term.value, node)
+        if term.slope is not None:  # node.map(map?(R(inner(x))))
+            inner, high = term.inner, term.slope.high
+            if inner is not None and term.map is None and node.map.T is inner:
+                return self.block(term.value, Slope(0.0, high * inner.norm().upper ** 2), inner, shape)
+            return self.gain_of(node.map, self.realised([unit(term)], self.codomain_of(term)), shape)
+        if term.map is None:
+            return self.gain_of(node.map, term.value, shape)
+        if node.map.T is term.map:
+            return self.block(term.value, Slope(0.0, term.map.norm().upper ** 2), term.map, shape)
+        size = node.map.norm().upper * term.map.norm().upper
+        return self.block(term.value, Slope(-size, size), node.map, shape)
+
+    def realised(self, value: int | list[Term], shape: Sequence[int]) -> int:
+        """A value as one node; pending maps become blocks of bounded norm."""
+        if isinstance(value, int):
+            return value
+        pieces = [(term.coefficient, self.realised_term(term, tuple(shape))) for term in value]
+        return self.new.append(Sum(tuple(pieces), tuple(shape)))
+
+    def realised_term(self, term: Term, shape: tuple[int, ...]) -> int:
+        if not self.has_coordinates(shape):
+            raise NotDiagonal(f"a value of shape {shape} has no coordinates in the {self.basis.name} basis")
+        if term.value < 0:
+            raise NotDiagonal("an input without coordinates in the basis is used directly")
+        if term.slope is not None:
+            size = max(abs(term.slope.low), abs(term.slope.high)) * (term.inner.norm().upper if term.inner else 1.0)
+            size *= term.map.norm().upper if term.map is not None else 1.0
+            return self.block(term.value, Slope(-size, size), term.inner or term.map, shape)
+        return term.value if term.map is None else self.gain_of(term.map, term.value, shape)
+
+    def gain_of(self, linear_map: LinearMap, parent: int, shape: tuple[int, ...]) -> int:
+        """A node for linear_map(parent): exact if diagonal, else a block."""
+        if self.is_diagonal(linear_map):
+            return self.new.append(Linear(linear_map, parent, shape))
+        if isinstance(linear_map, Diagonal) and not linear_map.is_complex:
+            weight = linear_map.weight.double()
+            return self.block(parent, Slope(float(weight.min()), float(weight.max())), linear_map, shape)
+        size = linear_map.norm().upper
+        return self.block(parent, Slope(-size, size), linear_map, shape)
+
+    def block(self, parent: int, slope: Slope, reason: LinearMap | None, shape: tuple[int, ...]) -> int:
+        if not math.isfinite(slope.high):
+            raise NotCertifiable(f"no certified norm is known for {reason}")
+        if not self.has_coordinates(shape):
+            raise NotDiagonal(f"a value of shape {shape} has no coordinates in the {self.basis.name} basis")
+        key = (parent, slope, shape, id(reason))
+        if key not in self._blocks:
+            name = type(reason).__name__
+            self.relaxed.append(f"{name} known only by slopes in [{slope.low:.4g}, {slope.high:.4g}]")
+            self._blocks[key] = self.new.append(Nonlinear(parent, slope, "whole", name, shape))
+        return self._blocks[key]
+
+    # -- inputs outside the basis ------------------------------------------------------------------------------
+
+    def hidden_input(self, value: int, node: Linear) -> int:
+        key = (value, id(node.map))
+        if key not in self._hidden:
+            if not self.has_coordinates(node.shape):
+                raise NotDiagonal(f"a value of shape {node.shape} has no coordinates in the {self.basis.name} basis")
+            old = self.old.nodes[-1 - value]
+            name = f"{old.name if isinstance(old, Input) else 'input'} through {type(node.map).__name__}"
+            source = self.new.append(Input(name, node.shape, self.old.is_complex))
+            self._hidden[key] = self.new.append(Sum(((node.map.norm().upper, source),), node.shape))
+            self.relaxed.append(f"the {name} known only by its norm {node.map.norm().upper:.4g}")
+        return self._hidden[key]
+
+    def scale_hidden_inputs(self) -> None:
+        """Several images of one input: sum_k |A_k d|^2 <= (sum_k |A_k|^2) |d|^2, so each gets the common factor."""
+        for value in {value for value, _ in self._hidden}:
+            nodes = [node for (v, _), node in self._hidden.items() if v == value]
+            sums = [self.new.nodes[n] for n in nodes]
+            total = math.sqrt(sum(float(s.terms[0][0]) ** 2 for s in sums if isinstance(s, Sum)))
+            for position, old in zip(nodes, sums):
+                if isinstance(old, Sum):
+                    self.new.nodes[position] = Sum(((total, old.terms[0][1]),), old.shape)
+
+    # -- what the basis knows ----------------------------------------------------------------------------------
+
+    def has_coordinates(self, shape: Sequence[int]) -> bool:
+        try:
+            self.basis.channels(shape)
+        except NotDiagonal:
+            return False
+        return True
+
+    def is_diagonal(self, linear_map: LinearMap) -> bool:
+        if id(linear_map) not in self._direct:
+            try:
+                symbol: Symbol | None = linear_map.symbol(self.basis)
+            except NotDiagonal:
+                symbol = None
+            self._direct[id(linear_map)] = symbol is not None
+        return self._direct[id(linear_map)]
+
+    def codomain_of(self, term: Term) -> tuple[int, ...]:
+        return term.inner.codomain if term.inner is not None else self.new.nodes[term.value].shape
+
+
+def unit(term: Term) -> Term:
+    return Term(1.0, term.map, term.value, term.slope, term.inner)
+
+
+def relaxed(system: System, basis: Basis) -> tuple[System, list[str]]:
+    """The system with every map diagonal in `basis`, and what was relaxed, in words; may raise `NotDiagonal`."""
+    relaxation = Relaxation(system, basis)
+    return relaxation.run(), sorted(set(relaxation.relaxed))

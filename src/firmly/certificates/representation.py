@@ -1,0 +1,64 @@
+"""Which basis a system is certified in, as a value that a certificate can store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from firmly.certificates.relax import Norms, relaxed
+from firmly.certificates.system import Nonlinear, System
+from firmly.errors import NotCertifiable, NotDiagonal
+from firmly.linear.basis import Basis, Dense, Fourier
+
+# One dense block of this many columns takes seconds; beyond it, other bases serve.
+DENSE_COLUMNS = 400
+
+
+@dataclass(frozen=True)
+class BasisChoice:
+    """`name` is dense, fourier, singular or norms; `spatial` the grid of fourier; `operator` the index of K among the maps."""
+
+    name: str
+    spatial: tuple[int, ...] = ()
+    operator: int = -1
+
+
+def make_basis(choice: BasisChoice, system: System, track: bool = True) -> Basis:
+    if choice.name == "dense":
+        return Dense(track)
+    if choice.name == "fourier":
+        return Fourier(choice.spatial, full=system.is_complex, track=track)
+    if choice.name == "singular":
+        from firmly.linear.spectrum import singular_basis
+
+        return singular_basis(system.maps[choice.operator], track=track)
+    return Norms(track)
+
+
+def choices(system: System) -> Iterator[BasisChoice]:
+    """The bases worth trying, in order of preference among equally exact ones."""
+    columns = sum(math.prod(n.shape) for n in [*system.inputs, *(n for n in system.nodes if isinstance(n, Nonlinear))])
+    if max(columns, *(math.prod(n.shape) for n in system.nodes)) <= DENSE_COLUMNS:
+        yield BasisChoice("dense")
+    for spatial in dict.fromkeys(tuple(n.shape[1:]) for n in system.nodes if len(n.shape) > 1):
+        yield BasisChoice("fourier", spatial)
+    yield BasisChoice("norms")
+
+
+def represent(system: System) -> tuple[BasisChoice, Basis, System, list[str]]:
+    """The basis in which least has to be relaxed, the relaxed system, and what was relaxed, in words."""
+    best: tuple[int, BasisChoice, Basis, System, list[str]] | None = None
+    for choice in choices(system):
+        try:
+            basis = make_basis(choice, system)
+            candidate, notes = relaxed(system, basis)
+        except NotDiagonal:
+            continue
+        if best is None or len(notes) < best[0]:
+            best = (len(notes), choice, basis, candidate, notes)
+        if not notes:
+            break
+    if best is None:
+        raise NotCertifiable("no basis gives every value of this network coordinates; its maps have no certified norms")
+    return best[1:]

@@ -1,0 +1,201 @@
+"""Minimise rho over the multipliers of a pencil: Newton's method on a smoothed maximum, on a growing working set.
+
+After elimination of v, a block asks for rho >= lambda_max(R_f(mu)) with R_f = C + G^H S^-1 G, a convex function of mu. So the
+problem is to minimise the largest eigenvalue over thousands of blocks in a handful of unknowns. It is smoothed by
+(1/beta) log sum_f tr exp(beta R_f), whose Newton steps are cheap, with beta increasing. Few blocks are ever near the maximum:
+the minimisation sees a working set, and the worst violators among all blocks join it. The best mu that is feasible for *all*
+blocks is kept throughout, and is the result whenever the loop ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firmly.certificates.pencil import Pencil
+
+
+@dataclass
+class SpectralResult:
+    """`rho` is feasible for all blocks with multipliers `mu`; `relaxed` estimates the optimum from below."""
+
+    rho: float
+    relaxed: float
+    mu: Tensor
+    rounds: int
+    cuts: int
+
+
+def minimise_rho(
+    pencil: Pencil, tolerance: float = 1e-4, budget_s: float = 60.0, start: Tensor | None = None
+) -> SpectralResult:
+    """The smallest certified rho = (Lipschitz bound)^2, to a relative tolerance or until the time budget is spent."""
+    deadline = time.monotonic() + budget_s
+    search = pencil.select(representatives(pencil))
+    mu = causal_multipliers(pencil) if start is None else start
+    values = search.required(mu)
+    if not bool(values.isfinite().all()) and start is not None:
+        return minimise_rho(pencil, tolerance, budget_s)
+    rho = float(values.max())
+    if not math.isfinite(rho) or pencil.multipliers == 0:
+        return SpectralResult(rho, rho, mu, 0, 0)
+    working = torch.unique(torch.cat([spread(len(search), 64), worst(values, 64)]))
+    relaxed, rounds = 0.0, 0
+    while time.monotonic() < deadline:
+        rounds += 1
+        trial, relaxed_here = smoothed_newton(search.select(working), mu, 0.3 * tolerance, deadline)
+        relaxed = max(relaxed, relaxed_here)
+        for share in (1.0, 0.7, 0.3, 0.1):  # the incumbent is feasible everywhere, the trial on the working set
+            mixed = mu + share * (trial - mu)
+            trial_values = search.required(mixed)
+            if share == 1.0:
+                values = trial_values
+            if float(trial_values.max()) < rho:
+                rho, mu = float(trial_values.max()), mixed
+                break
+        if rho - relaxed <= tolerance * rho:
+            break
+        larger = torch.unique(torch.cat([working, worst(values, 32)]))
+        if len(larger) == len(working):
+            break
+        working = larger
+    return SpectralResult(float(pencil.required(mu).max()), relaxed, mu, rounds, len(working))
+
+
+def representatives(pencil: Pencil) -> Tensor:
+    """One block of every group of numerically equal ones (symmetric frequencies); only the search is thinned so."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.cat([pencil.Z, pencil.O], dim=1).flatten(1)
+    probe = torch.randn(features.shape[1], 2, generator=generator, dtype=torch.float64)
+    marks = torch.cat([features.real @ probe, features.imag @ probe], 1) if features.is_complex() else features @ probe
+    keys = torch.round(marks / marks.abs().max().clamp(min=1e-300) * 1e9).to(torch.int64)
+    _, group = torch.unique(keys, dim=0, return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), len(keys))
+    return first.scatter_reduce_(0, group, torch.arange(len(keys)), reduce="amin")
+
+
+def causal_multipliers(pencil: Pencil) -> Tensor:
+    """Multipliers that are feasible for some rho, whatever the blocks: chosen from the last nonlinearity to the first.
+
+    Splitting every product |v_i| |z_i| by Young's inequality among the p predecessors of z_i shows that
+    mu_j >= 2 p_out |O_j|^2 + sum_{i after j} mu_i p_i ((a+b)^2 + 2 |ab|) |Z_ij|^2 makes the v-part of M positive definite.
+    """
+    n = pencil.inputs
+    Z2 = pencil.Z[:, :, n:].detach().abs().square().amax(0)  # (rows + 1, v)
+    O2 = pencil.O[:, :, n:].detach().abs().square().amax(0).sum(0)
+    predecessors = (Z2 > 0).sum(1).clamp(min=1)
+    need = 2.1 * O2 * int((O2 > 0).sum()) + 1e-9 * float(O2.max().clamp(min=1e-300))
+    need = torch.cat([need, need.new_zeros(1)])
+    mu = torch.zeros(pencil.multipliers, dtype=torch.float64)
+    for j in range(pencil.multipliers - 1, -1, -1):
+        mine = (pencil.owner == j).nonzero().squeeze(1)
+        rows, low, high = pencil.row[mine], pencil.low[mine], pencil.high[mine]
+        mu[j] = need[pencil.column[mine] - n].max()
+        factor = ((low + high) ** 2 + 2 * (low * high).abs()) * predecessors[rows]
+        need[:-1] += 1.05 * mu[j] * (factor[:, None] * Z2[rows]).sum(0)
+    return mu
+
+
+def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: float) -> tuple[Tensor, float]:
+    """Minimise max_f lambda_max(R_f(mu)) on the working set; returns mu and the weighted mean of the R_f, a lower estimate."""
+    count = math.log(len(pencil) * pencil.inputs + 1)
+    top = float(pencil.required(mu).max())
+    beta, relaxed = 4 * count / top, 0.0
+    while True:
+        for _ in range(40):
+            value, mean, gradient, hessian = smoothed_maximum(pencil, mu, beta)
+            scaled = hessian * mu[:, None] * mu  # unknowns log-scaled, so that regularisation is relative
+            scaled.diagonal().add_(1e-12 * scaled.diagonal().max())
+            direction = -mu * torch.linalg.solve(scaled, mu * gradient)
+            decrement = float(-gradient @ direction)
+            if not decrement > 1e-3 * count / beta:
+                break
+            length = 1.0
+            while length > 1e-8:
+                candidate = mu + length * direction
+                if (
+                    float(candidate.min()) > 0
+                    and smoothed_value(pencil, candidate, beta) <= value - 0.1 * length * decrement
+                ):
+                    break
+                length /= 2
+            else:
+                break
+            mu = candidate
+            if time.monotonic() > deadline:
+                break
+        relaxed = max(relaxed, mean - 2 * max(decrement, 0.0))
+        if count / beta <= tolerance * value or time.monotonic() > deadline:
+            return mu, relaxed
+        beta *= 6
+
+
+def smoothed_value(pencil: Pencil, mu: Tensor, beta: float) -> float:
+    R, *_, failed = pencil.eliminated(mu)
+    if bool(failed.any()):
+        return math.inf
+    eigenvalues = R[:, :, 0].real if R.shape[1] == 1 else torch.linalg.eigvalsh(R)
+    return float(torch.logsumexp(beta * eigenvalues.flatten(), 0)) / beta
+
+
+def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float) -> tuple[float, float, Tensor, Tensor]:
+    """Value, weighted mean, gradient and Hessian of (1/beta) log sum_f tr exp(beta R_f(mu)).
+
+    With X = [I; -S^-1 G] one has R = -X^H M(0, mu) X, dR_j = -X^H A_j X and d2R_jl = 2 sym (A_j X)_v^H S^-1 (A_l X)_v. Every A_j is a
+    sum over its entries of terms of rank two, so all products reduce to Gram matrices and entrywise products.
+    """
+    R, L, Y, _ = pencil.eliminated(mu)
+    n = pencil.inputs
+    eigenvalues, U = torch.linalg.eigh(R)
+    logarithm = torch.logsumexp(beta * eigenvalues.flatten(), 0)
+    weight = torch.exp(beta * eigenvalues - logarithm)  # (blocks, n): eigenvalues of the density matrices
+
+    identity = torch.eye(n, dtype=R.dtype).expand(len(R), n, n)
+    X = torch.cat([identity, -torch.linalg.solve_triangular(L.mH, Y, upper=True)], dim=1) @ U
+    X = torch.cat([X, X.new_zeros(len(X), 1, n)], dim=1)
+    v = X[:, pencil.column]  # (blocks, entries, n)
+    z = (pencil.Z @ X[:, :-1])[:, pencil.row]
+    half, product = (0.5 * (pencil.low + pencil.high))[:, None], (pencil.low * pencil.high)[:, None]
+    along_v, along_z = v - half * z, product * z - half * v  # A_e X = e_v along_v + conj(z-row) along_z
+
+    first = -(v.conj() * along_v + z.conj() * along_z).real  # diagonal of U^H dR_e U: (blocks, entries, n)
+    entry_gradient = torch.einsum("ben,bn->e", first, weight)
+
+    columns = torch.cat([torch.eye(pencil.width, dtype=R.dtype)[n:], R.new_zeros(pencil.width - n, 1)], dim=1)
+    sides = torch.cat([columns[:, pencil.column].expand(len(R), -1, -1), pencil.Z[:, pencil.row, n:].mH], dim=2)
+    sides = torch.linalg.solve_triangular(L, sides, upper=False)  # L^-1 of both sides of every entry
+    gram = sides.mH @ sides
+    strength = torch.cat([along_v, along_z], dim=1)  # (blocks, 2 entries, n)
+    second = 2 * (gram * ((strength.conj() * weight[:, None, :]) @ strength.mT)).real.sum(0)
+    entries = len(pencil.column)
+    entry_hessian = second.reshape(2, entries, 2, entries).sum((0, 2))
+
+    if n == 1:
+        flat = first[:, :, 0]
+        spread_term = beta * (flat.T * weight[:, 0]) @ flat
+    else:
+        dR = -(torch.einsum("bek,bel->bekl", v.conj(), along_v) + torch.einsum("bek,bel->bekl", z.conj(), along_z))
+        difference = eigenvalues[:, :, None] - eigenvalues[:, None, :]
+        divided = torch.where(
+            (beta * difference).abs() < 1e-6,
+            beta * 0.5 * (weight[:, :, None] + weight[:, None, :]),
+            (weight[:, :, None] - weight[:, None, :]) / torch.where(difference == 0, 1.0, difference),
+        )
+        spread_term = torch.einsum("bekl,bfkl->ef", (dR * divided[:, None]), dR.conj()).real
+    collect = torch.zeros(pencil.multipliers, entries, dtype=torch.float64)
+    collect[pencil.owner, torch.arange(entries)] = 1.0
+    gradient = collect @ entry_gradient
+    hessian = collect @ (entry_hessian + spread_term) @ collect.T - beta * gradient[:, None] * gradient
+    return float(logarithm) / beta, float((weight * eigenvalues).sum()), gradient, hessian
+
+
+def worst(values: Tensor, count: int) -> Tensor:
+    return values.topk(min(count, len(values))).indices
+
+
+def spread(size: int, count: int) -> Tensor:
+    return torch.linspace(0, size - 1, min(count, size)).long()

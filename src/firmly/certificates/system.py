@@ -1,0 +1,157 @@
+"""A traced network: linear maps in interconnection with slope-restricted nonlinearities.
+
+`v_i = R_i(z_i)`, where every `z_i` and the output are linear in earlier `v_j` and in the inputs. The interconnection is
+kept as a graph of its linear maps and not multiplied out, so that a basis can turn it into small blocks later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from firmly.linear.map import LinearMap, Shape
+from firmly.prox.prior import Slope, Structure
+
+Coefficient = float | Tensor
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the network that is perturbed."""
+
+    name: str
+    shape: Shape
+    is_complex: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """map(parent)."""
+
+    map: LinearMap
+    parent: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Sum:
+    """sum of coefficient * parent."""
+
+    terms: tuple[tuple[Coefficient, int], ...]
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Nonlinear:
+    """R(parent), slopes of R in [low, high]; `where` is the module it was found in.
+
+    A linear map of norm at most c that is left out of the linear part is also such a block, with slopes [-c, c].
+    """
+
+    parent: int
+    slope: Slope
+    structure: Structure
+    where: str
+    shape: Shape
+
+
+Node = Input | Linear | Sum | Nonlinear
+
+
+@dataclass
+class System:
+    """The graph of a traced network. Nodes only refer to earlier nodes, so their order is an order of evaluation."""
+
+    nodes: list[Node] = field(default_factory=list)
+    output: int = -1
+    is_complex: bool = False
+    assumptions: list[str] = field(default_factory=list)
+
+    def append(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [node for node in self.nodes if isinstance(node, Input)]
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """The distinct linear maps of the graph, in order of appearance."""
+        return list({id(n.map): n.map for n in self.nodes if isinstance(n, Linear)}.values())
+
+    def pruned(self) -> System:
+        """The same system without the nodes that do not reach the output."""
+        needed = {self.output}
+        for index in range(len(self.nodes) - 1, -1, -1):
+            if index in needed:
+                needed.update(parents(self.nodes[index]))
+        needed.update(i for i, node in enumerate(self.nodes) if isinstance(node, Input))
+        kept = sorted(needed)
+        new = {old: position for position, old in enumerate(kept)}
+        nodes = [renumbered(self.nodes[i], new) for i in kept]
+        return System(nodes, new[self.output], self.is_complex, self.assumptions)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the bounds depend on: graph, coefficients, slopes, weights of the maps."""
+        digest = hashlib.sha256()
+        for node in self.nodes:
+            digest.update(type(node).__name__.encode() + repr((node.shape, parents(node))).encode())
+            if isinstance(node, Linear):
+                digest.update(map_fingerprint(node.map))
+            elif isinstance(node, Sum):
+                digest.update(repr([float(c) for c, _ in node.terms]).encode())
+            elif isinstance(node, Nonlinear):
+                digest.update(repr((float(node.slope.low), float(node.slope.high), node.structure)).encode())
+        digest.update(repr(self.output).encode())
+        return digest.hexdigest()
+
+
+def parents(node: Node) -> tuple[int, ...]:
+    if isinstance(node, Input):
+        return ()
+    if isinstance(node, Sum):
+        return tuple(index for _, index in node.terms)
+    return (node.parent,)
+
+
+def renumbered(node: Node, new: dict[int, int]) -> Node:
+    if isinstance(node, Input):
+        return node
+    if isinstance(node, Sum):
+        return Sum(tuple((c, new[i]) for c, i in node.terms), node.shape)
+    if isinstance(node, Linear):
+        return Linear(node.map, new[node.parent], node.shape)
+    return Nonlinear(new[node.parent], node.slope, node.structure, node.where, node.shape)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of the parameters and buffers of a module, cast to double precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + repr(tuple(tensor.shape)).encode() + tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def map_fingerprint(linear_map: LinearMap) -> bytes:
+    """Class, shapes and every number of a map and of the maps inside it, also numbers that are no parameters."""
+    digest = hashlib.sha256()
+    for name, module in linear_map.named_modules():
+        digest.update(f"{name}:{type(module).__name__}".encode())
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, Tensor):
+                digest.update(key.encode() + tensor_bytes(value))
+            elif isinstance(value, (int, float, str, tuple)) and not key.startswith("_"):
+                digest.update(f"{key}={value!r}".encode())
+        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            digest.update(key.encode() + tensor_bytes(value))
+    return digest.digest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu()
+    tensor = tensor.to(torch.complex128) if tensor.is_complex() else tensor.to(torch.float64)
+    return tensor.contiguous().numpy().tobytes()

@@ -1,0 +1,106 @@
+"""Linear maps behind torch operations: reshapes, selections, entrywise products, general convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from firmly.linear.basis import Basis, Dense, Fourier
+from firmly.linear.map import Bracket, LinearMap, Shape
+from firmly.linear.norms import norm_of_blocks
+from firmly.linear.symbol import Symbol
+
+
+class Rearrange(LinearMap):
+    """A reshape, permutation, selection or repetition of entries: `codomain[i] = domain[index[i]]`, -1 for a zero."""
+
+    def __init__(self, domain: Sequence[int], index: Tensor):
+        super().__init__(domain, index.shape)
+        self.register_buffer("index", index.flatten())
+
+    def _apply_map(self, x: Tensor) -> Tensor:
+        flat = torch.nn.functional.pad(x.flatten(1), (0, 1))
+        return flat[:, self.index].reshape(-1, *self.codomain)
+
+    def _apply_adjoint(self, y: Tensor) -> Tensor:
+        size = math.prod(self.domain)
+        index = torch.where(self.index < 0, size, self.index)
+        flat = torch.zeros(len(y), size + 1, dtype=y.dtype, device=y.device).index_add(1, index, y.flatten(1))
+        return flat[:, :size].reshape(-1, *self.domain)
+
+    def _norm(self) -> Bracket:
+        repeats = int(torch.bincount(self.index[self.index >= 0], minlength=1).max())
+        return Bracket(math.sqrt(repeats) * (1 - 1e-15), math.sqrt(repeats) * (1 + 1e-15))
+
+    def keeps_pixels(self) -> bool:
+        """Whether it only adds or removes channels of size one in front of unchanged entries."""
+        size = math.prod(self.domain)
+        return len(self.index) == size and bool((self.index == torch.arange(size)).all())
+
+    def _symbol(self, basis: Basis) -> Symbol:
+        if isinstance(basis, Dense):
+            return super()._symbol(basis)
+        if self.keeps_pixels() and basis.channels(self.domain) == basis.channels(self.codomain):
+            return basis.identity(self.codomain)
+        pixels = math.prod(basis.spatial) if isinstance(basis, Fourier) else 0
+        if pixels and basis.channels(self.domain) and basis.channels(self.codomain):
+            rows = self.index.reshape(-1, pixels)
+            first = torch.div(rows[:, 0], pixels, rounding_mode="floor")
+            if bool((rows == first[:, None] * pixels + torch.arange(pixels)).all()):  # whole channels, nothing moved
+                selection = torch.nn.functional.one_hot(first, basis.channels(self.domain)).double()
+                return basis.exact(selection[None])
+        return super()._symbol(basis)
+
+
+def rearrange(domain: Sequence[int], function: Callable[[Tensor], Tensor]) -> Rearrange:
+    """The `Rearrange` that does what `function` does to a batch of one."""
+    numbers = torch.arange(math.prod(domain)).reshape(1, *domain)
+    return Rearrange(domain, function(numbers)[0])
+
+
+class TorchConvolution(LinearMap):
+    """`torch.nn.functional.conv{1,2,3}d` without bias: zero padding, stride, dilation, groups.
+
+    With the input embedded in a large enough torus, it is a circular convolution followed by a selection of pixels, so
+    that the largest singular value over the frequencies of that torus bounds its norm.
+    """
+
+    def __init__(
+        self, weight: Tensor, spatial: Sequence[int], stride: Shape, padding: Shape, dilation: Shape, groups: int
+    ):
+        self_domain = (weight.shape[1] * groups, *spatial)
+        sizes = zip(spatial, weight.shape[2:], stride, padding, dilation)
+        output = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        super().__init__(self_domain, (weight.shape[0], *output))
+        self.weight = weight
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def _apply_map(self, x: Tensor) -> Tensor:
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
+        return convolve(x, self.weight.to(x.dtype), None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _apply_adjoint(self, y: Tensor) -> Tensor:
+        zeros = torch.zeros(len(y), *self.domain, dtype=y.dtype, device=y.device)
+        return torch.func.vjp(self._apply_map, zeros)[1](y)[0]
+
+    def full_kernel(self) -> Tensor:
+        """The kernel (out, in, *k) of an ungrouped, undilated convolution that does the same."""
+        weight = self.weight.double()
+        out, per_group = weight.shape[:2]
+        sizes = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], self.dilation)]
+        kernel = weight.new_zeros(out, per_group * self.groups, *sizes)
+        spread = tuple(slice(None, None, d) for d in self.dilation)
+        for group in range(self.groups):
+            rows = slice(group * out // self.groups, (group + 1) * out // self.groups)
+            columns = slice(group * per_group, (group + 1) * per_group)
+            kernel[(rows, columns, *spread)] = weight[rows]
+        return kernel
+
+    def _upper(self) -> float:
+        kernel = self.full_kernel()
+        grid = [n + k - 1 for n, k in zip(self.domain[1:], kernel.shape[2:])]
+        response, error = Fourier(grid).response(kernel, [0] * len(grid))
+        return norm_of_blocks(Symbol(response.permute(2, 0, 1), torch.linalg.vector_norm(error).reshape(1))).upper

@@ -1,0 +1,156 @@
+"""Check a certificate without trusting whoever found it.
+
+Given multipliers mu, M(rho, mu) is formed again from error-bounded symbols and shown to be positive definite on every block by
+a Cholesky factorisation, which succeeds in floating point only if the matrix, moved down by a bound of all errors, is positive
+definite in exact arithmetic (S. M. Rump, Verification of positive definiteness, BIT 46, 2006). No solver takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from firmly.certificates.blocks import Blocks, sweep
+from firmly.certificates.certificate import Certificate
+from firmly.certificates.lower import as_function, measured
+from firmly.certificates.pencil import Pencil, pencil
+from firmly.certificates.relax import relaxed
+from firmly.certificates.representation import make_basis
+from firmly.certificates.signal import trace
+from firmly.certificates.system import System, weights_hash
+from firmly.errors import VerificationError
+
+UNIT = torch.finfo(torch.float64).eps
+
+
+def certified_gain(blocks: Blocks, mu: Tensor, per_channel: bool, rho: float | None = None) -> float:
+    """The smallest verified sqrt(rho), rounded up; infinite if these multipliers prove nothing.
+
+    Starts from `rho` (or from the value that floating point suggests) and enlarges it, by parts in 10^12 up to one in
+    100, until the factorisations of all blocks succeed.
+    """
+    family = pencil(blocks, per_channel)
+    if mu.numel() != family.multipliers or bool((mu < 0).any()) or not bool(mu.isfinite().all()):
+        return math.inf
+    errors = entry_errors(blocks, family)
+    if rho is None:
+        rho = float(family.required(mu).max())
+    if not math.isfinite(rho):
+        return math.inf
+    rho = max(rho, 1e-300)
+    for excess in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        enlarged = rho * (1 + excess)
+        if holds(family, errors, enlarged, mu):
+            return math.sqrt(enlarged) * (1 + 2 * UNIT)
+    return math.inf
+
+
+def entry_errors(blocks: Blocks, family: Pencil) -> tuple[Tensor, Tensor]:
+    """Error bounds of the rows of Z and of the output, (blocks, rows + 1) and (blocks,)."""
+    count = len(family)
+    columns = []
+    for row in blocks.rows:
+        if row.error is None:
+            raise ValueError("a certificate needs a basis that tracks errors: Basis(..., track=True)")
+        columns.append(row.error.expand(count)[:, None].expand(-1, row.value.shape[1]))
+    columns.append(torch.zeros(count, 1, dtype=torch.float64))
+    assert blocks.output.error is not None
+    return torch.cat(columns, dim=1), blocks.output.error.expand(count)
+
+
+def holds(family: Pencil, errors: tuple[Tensor, Tensor], rho: float, mu: Tensor) -> bool:
+    """Whether M(rho, mu) >= 0 is proved on every block."""
+    start = 0
+    for part in family.chunks():
+        stop = start + len(part)
+        if not _proved(part, errors[0][start:stop], errors[1][start:stop], rho, mu):
+            return False
+        start = stop
+    return True
+
+
+def _proved(part: Pencil, row_error: Tensor, output_error: Tensor, rho: float, mu: Tensor) -> bool:
+    M = part.matrix(rho, mu)
+    diagonal = M.diagonal(dim1=1, dim2=2).real
+    if not bool((diagonal > 0).all()) or not bool(M.isfinite().all()):
+        return False
+    scale = torch.exp2(-torch.round(0.5 * torch.log2(diagonal)))  # powers of two: scaling is exact
+    error = matrix_error(part, row_error, output_error, rho, mu)
+    n = part.width
+    shift = torch.linalg.matrix_norm(error * scale[:, :, None] * scale[:, None, :])
+    scaled = M * scale[:, :, None] * scale[:, None, :]
+    trace = scaled.diagonal(dim1=1, dim2=2).real.sum(1)
+    shift = 1.01 * shift + 8 * (n + 3) * UNIT * trace
+    eye = torch.eye(n, dtype=torch.float64)
+    _, failed = torch.linalg.cholesky_ex(scaled - shift[:, None, None] * eye)
+    return not bool(failed.any())
+
+
+def matrix_error(part: Pencil, row_error: Tensor, output_error: Tensor, rho: float, mu: Tensor) -> Tensor:
+    """Entrywise bound of |computed M - exact M|: errors of the symbols, and rounding of the sums that form M."""
+    rounding = 8 * (part.O.shape[1] + len(part.column) + 4) * UNIT
+    O, Z = part.O.abs(), part.Z.abs()
+    O_column = torch.linalg.vector_norm(O, dim=1)  # (blocks, width)
+    e = output_error[:, None]
+    size = O_column[:, :, None] * O_column[:, None, :]
+    error = e[:, :, None] * (O_column[:, :, None] + O_column[:, None, :] + e[:, :, None]) + rounding * size
+    weight = mu[part.owner]
+    coupling = 0.5 * weight * (part.low + part.high).abs()
+    coupled = (coupling != 0).nonzero().squeeze(1)
+    if len(coupled):
+        half = torch.zeros_like(error)
+        rows = part.row[coupled]
+        half[:, part.column[coupled], :] = coupling[coupled][:, None] * (
+            row_error[:, rows, None] + rounding * Z[:, rows, :]
+        )
+        error = error + half + half.transpose(1, 2)
+    curvature = weight * (part.low * part.high).abs()
+    curved = (curvature != 0).nonzero().squeeze(1)
+    if len(curved):
+        rows = part.row[curved]
+        z, e = Z[:, rows, :], row_error[:, rows, None].expand(-1, -1, part.width)
+        w = curvature[curved]
+        error = error + (z.mT * w) @ e + (e.mT * w) @ z + (e.mT * w) @ e + rounding * ((z.mT * w) @ z)
+    diagonal = torch.zeros(part.width + 1, dtype=torch.float64).index_add(0, part.column, weight)[:-1]
+    diagonal = diagonal + rho * (torch.arange(part.width) < part.inputs)
+    return error + torch.diag(rounding * diagonal)
+
+
+# -- whole certificates --------------------------------------------------------------------------------------------
+
+
+def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate:
+    """Check a certificate, or the file of one, against a network, without any solver; returns it if it holds.
+
+    The network is traced anew, its linear part turned into error-bounded blocks, and the inequality proved again with the
+    stored multipliers; the stored pair of inputs is run through the network. Raises `VerificationError` if the
+    certificate belongs to other weights, or if either side of the bracket does not hold.
+    """
+    cert = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
+    system = trace(net, cert.inputs, cert.wrt, cert.is_complex)
+    if weights_hash(net) != cert.weights_hash or system.fingerprint() != cert.system_hash:
+        raise VerificationError(
+            "this certificate was made for other weights or another architecture: "
+            "certify the network that you have, or load the weights that the certificate belongs to"
+        )
+    upper = recomputed_upper(system, cert)
+    if not upper <= cert.upper * (1 + 1e-9):
+        raise VerificationError(f"the upper bound {cert.upper:.9g} does not hold: only {upper:.9g} could be proved")
+    attained = measured(as_function(net, cert.inputs, cert.wrt, cert.is_complex), cert.point, cert.perturbation).ratio
+    if not attained >= cert.lower * (1 - 1e-6):
+        raise VerificationError(f"the stored inputs attain {attained:.9g}, not the lower bound {cert.lower:.9g}")
+    return cert
+
+
+@torch.no_grad()
+def recomputed_upper(system: System, cert: Certificate) -> float:
+    basis = make_basis(cert.basis, system)
+    system, _ = relaxed(system, basis)
+    if cert.multipliers is None:
+        from firmly.certificates.certify import NORM_BOUNDS
+
+        return NORM_BOUNDS[cert.method](system, basis)
+    return certified_gain(sweep(system, basis), cert.multipliers, cert.per_channel, cert.upper**2)
