@@ -26,7 +26,9 @@ def _resolvents() -> dict[str, LinearMap]:
     mask = (normal(5, 4, seed=3) > 0).double()
     return {
         "Resolvent of a circular convolution": linear.Resolvent(circular, 0.3),
-        "Resolvent of a zero-padded convolution": linear.Resolvent(linear.Convolution(normal(3, 3), (1, 5, 4), "zero"), 0.3),
+        "Resolvent of a zero-padded convolution": linear.Resolvent(
+            linear.Convolution(normal(3, 3), (1, 5, 4), "zero"), 0.3
+        ),
         "Resolvent of a mask": linear.Resolvent(linear.Mask(mask[None]), 0.3),
         "Resolvent of a Fourier sampling": linear.Resolvent(linear.FourierSampling(mask), 0.3),
         "Resolvent of a matrix": linear.Resolvent(linear.Dense(normal(3, 5)), 0.3),
@@ -42,6 +44,7 @@ MAPS: dict[str, LinearMap] = {
     "Convolution zero": linear.Convolution(normal(3, 2, 3, 4), (2, 6, 5), "zero"),
     "Convolution reflect": linear.Convolution(normal(3, 2, 5, 2), (2, 6, 5), "reflect"),
     "Convolution larger than the image": linear.Convolution(normal(7, 9), (2, 4, 5)),
+    "Convolution by frequency": linear.Convolution(normal(3, 2, 9, 9), (2, 5, 4)),
     "Convolution 3-D": linear.Convolution(normal(2, 1, 3, 2, 3), (1, 3, 4, 3)),
     "Blur gaussian": linear.Blur.gaussian(0.7, (2, 8, 7)),
     "Blur motion": linear.Blur.motion(4.0, 30.0, (1, 8, 7), "reflect"),
@@ -55,7 +58,9 @@ MAPS: dict[str, LinearMap] = {
     "Diagonal complex": linear.Diagonal(normal(2, 4, 3, dtype=torch.complex128)),
     "Sparse": linear.Sparse(scipy.sparse.random_array((12, 8), density=0.4, rng=0), (2, 4), (12,)),
     "Radon": linear.Radon((1, 6, 5), torch.linspace(0, 3, 5, dtype=torch.float64)),
-    "from_scipy operator": linear.from_scipy(scipy.sparse.linalg.aslinearoperator(normal(6, 8).numpy()), (2, 4), (1, 6)),
+    "from_scipy operator": linear.from_scipy(
+        scipy.sparse.linalg.aslinearoperator(normal(6, 8).numpy()), (2, 4), (1, 6)
+    ),
     "Scale": -2.5 * linear.Dense(normal(4, 7)),
     "Compose": linear.Gradient((2, 4, 4)) @ linear.Convolution(normal(2, 1, 3, 3), (1, 4, 4), "zero"),
     "Sum": linear.Identity((1, 4, 4)) + linear.Convolution(normal(3, 3), (1, 4, 4)),
@@ -167,7 +172,9 @@ class TestConformance:
         if not a.is_complex:
             half = a.symbol(FourierBasis(a.domain[1:]))
             kept = torch.arange(basis.blocks).reshape(a.domain[1:])[..., : a.domain[-1] // 2 + 1].flatten()
-            torch.testing.assert_close(half.value.expand(len(kept), -1, -1), symbol.value.expand(basis.blocks, -1, -1)[kept])
+            torch.testing.assert_close(
+                half.value.expand(len(kept), -1, -1), symbol.value.expand(basis.blocks, -1, -1)[kept]
+            )
 
 
 def test_list_has_every_map() -> None:

@@ -22,9 +22,9 @@ from firmly.linear.symbol import Symbol
 class External(LinearMap):
     """A map given by two functions on batches, A and its adjoint, in arithmetic of type `dtype`; made by the adapters.
 
-    That the two are adjoint is checked on random input; `ConditionError` with the mismatch if they are not. `norm` is a declared
-    upper bound of |A|: the caller vouches for it, and a vector that contradicts it raises `ConditionError`. Without it, maps
-    too large for a factorisation refuse `norm()` by `NotCertifiable`.
+    That the two are adjoint is checked on random input; `ConditionError` with the mismatch if they are not. `norm` is a
+    declared upper bound of |A|: the caller vouches for it, and a vector that contradicts it raises `ConditionError`.
+    Without it, maps too large for a factorisation refuse `norm()` by `NotCertifiable`.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class External(LinearMap):
         if not mismatch <= (1e-8 if self.application_error < 1e-6 else 1e-3) * scale:
             raise ConditionError(
                 f"the two functions are not adjoint: <A x, y> and <x, A* y> differ by {mismatch:.3g} where |A x| |y| + "
-                f"|x| |A* y| is {scale:.3g}; give the exact adjoint (an approximate inverse or filtered back-projection is none)"
+                f"|x| |A* y| is {scale:.3g}; give the exact adjoint (an approximate inverse or filtered "
+                "back-projection is none)"
             )
 
     def _norm(self) -> Bracket:
@@ -92,14 +93,16 @@ class External(LinearMap):
             bracket = Bracket(lower, self.declared_norm)
         if self.declared_norm is not None and bracket.lower > self.declared_norm:
             raise ConditionError(
-                f"the norm was declared to be at most {self.declared_norm:.6g}, but some vector is amplified {bracket.lower:.6g} "
+                f"the norm was declared to be at most {self.declared_norm:.6g}, but some vector is amplified "
+                f"{bracket.lower:.6g} "
                 "times; declare a true bound"
             )
         return bracket
 
     def _upper(self) -> float:
         raise NotCertifiable(
-            f"no certified norm of a foreign map {self.domain} -> {self.codomain}: only its action is known, and it is too "
+            f"no certified norm of a foreign map {self.domain} -> {self.codomain}: only its action is known, and it "
+            "is too "
             "large for a factorisation; declare a bound that you can prove with norm=..."
         )
 
@@ -113,9 +116,10 @@ class External(LinearMap):
 def from_scipy(
     operator: Any, domain: Sequence[int] | None = None, codomain: Sequence[int] | None = None, norm: float | None = None
 ) -> LinearMap:
-    """A scipy sparse matrix or array (giving `Sparse`), or a `scipy.sparse.linalg.LinearOperator`, on flattened tensors.
+    """A scipy sparse matrix or array (giving `Sparse`), or a `scipy.sparse.linalg.LinearOperator`, flattened.
 
-    Shapes default to flat features. A LinearOperator runs on the CPU through numpy. `norm` is for operators: a declared upper bound.
+    Shapes default to flat features. A LinearOperator runs on the CPU through numpy. `norm` is for operators: a declared
+    upper bound.
     """
     from scipy.sparse import issparse
 
@@ -149,8 +153,9 @@ def from_pylops(operator: Any, norm: float | None = None) -> LinearMap:
 def from_deepinv(
     physics: Any, domain: Sequence[int], codomain: Sequence[int] | None = None, norm: float | None = None
 ) -> LinearMap:
-    """Any object with `A(x)` and `A_adjoint(y)` on batches, such as deepinv's linear physics; it runs in its own precision.
+    """Any object with `A(x)` and `A_adjoint(y)` on batches, such as deepinv's linear physics, in its own precision.
 
+    Its weights are taken as constants: gradients reach x, not them.
     `domain` is the shape of an image without the batch; `codomain` is found by one application if it is not given.
     """
     held = [*physics.parameters(), *physics.buffers()] if isinstance(physics, nn.Module) else []

@@ -42,7 +42,7 @@ class Compose(LinearMap):
 
     def __init__(self, outer: LinearMap, inner: LinearMap):
         if outer.domain != inner.codomain:
-            raise ShapeError(f"cannot compose: the outer map takes {outer.domain}, the inner one gives {inner.codomain}")
+            raise ShapeError(f"cannot compose: the outer map takes {outer.domain}, the inner gives {inner.codomain}")
         super().__init__(inner.domain, outer.codomain)
         self.outer = outer
         self.inner = inner
@@ -92,7 +92,7 @@ class Sum(LinearMap):
 
 
 class Scale(LinearMap):
-    """x -> factor * of(x), written `factor * A`; the factor is a real number, or a scalar tensor that gradients reach."""
+    """x -> factor * of(x), written `factor * A`; the factor is a real number, or a scalar tensor that can learn."""
 
     factor: Tensor
 
@@ -111,12 +111,12 @@ class Scale(LinearMap):
 
     def _norm(self) -> Bracket:
         lower, upper = self.of.norm()
-        size = abs(float(self.factor))
+        size = abs(float(self.factor.detach()))
         return outward(size * lower, size * upper)
 
     def gram_diagonal(self) -> Tensor | None:
         diagonal = self.of.gram_diagonal()
-        return None if diagonal is None else self.factor**2 * diagonal.to(self.factor)
+        return None if diagonal is None else self.factor.double() ** 2 * diagonal.to(self.factor.device).double()
 
     def _symbol(self, basis: Basis) -> Symbol:
         return self.of.symbol(basis).scale(self.factor)
@@ -145,10 +145,10 @@ class Stack(LinearMap):
     def _symbol(self, basis: Basis) -> Symbol:
         symbols = [m.symbol(basis) for m in self.maps]
         if sum(s.value.shape[1] for s in symbols) != basis.channels(self.codomain):
-            raise NotDiagonal(f"the {basis.name} basis cannot tell the parts of a stack with codomain {self.codomain} apart")
+            raise NotDiagonal(f"the {basis.name} basis does not tell the parts of a stack to {self.codomain} apart")
         named = [s for s in symbols if s.rows is not None]
         columns = reduce(meet, (s.columns for s in named)) if named else None
-        rows = reduce(meet, (columns if s.rows is None else s.rows for s in symbols))  # the identity gives what it takes
+        rows = reduce(meet, (columns if s.rows is None else s.rows for s in symbols))  # an identity gives what it takes
         blocks = max(s.value.shape[0] for s in symbols)
         values = [s.value.expand(blocks, -1, -1) for s in symbols]
         dtype = torch.complex128 if any(v.is_complex() for v in values) else torch.float64

@@ -73,8 +73,8 @@ class Fourier(Basis):
     """Discrete frequencies of tensors (channel, *spatial): shift-invariant maps act on each one alone.
 
     For real data the frequencies f and -f give complex-conjugate blocks, so that half of them suffice; with
-    `full=True` (complex data) all are kept. The coordinates are those of the *unitary* transform. Images are said to have
-    "pixel" coordinates, data of a Fourier sampling "frequency" coordinates: both have the same blocks, and do not mix.
+    `full=True` (complex data) all are kept. The coordinates are those of the *unitary* transform. Images are said to
+    have "pixel" coordinates, data of a Fourier sampling "frequency" coordinates: the same blocks, but they do not mix.
     """
 
     name = "fourier"
@@ -123,7 +123,7 @@ class Fourier(Basis):
 
 
 def _waves(size: int, kept: int, count: int, centre: int, device: torch.device) -> Tensor:
-    """exp(2 pi i f (j - centre) / size), taps j against frequencies f; the angle is reduced in integers, hence exact."""
+    """exp(2 pi i f (j - centre) / size), taps j against frequencies f; the angle is reduced in integers, exactly."""
     turns = (torch.arange(count, device=device) - centre)[:, None] * torch.arange(kept, device=device) % size
     turns = torch.where(2 * turns > size, turns - size, turns)
     angle = turns.to(torch.float64) * (2 * math.pi / size)
@@ -149,7 +149,7 @@ class Singular(Basis):
 
     def channels(self, shape: Sequence[int]) -> int:
         if tuple(shape) not in (tuple(self.operator.domain), tuple(self.operator.codomain)):
-            raise NotDiagonal(f"a tensor of shape {tuple(shape)} is neither in the domain nor the codomain of {self.operator}")
+            raise NotDiagonal(f"a tensor of shape {tuple(shape)} is in neither side of {self.operator}")
         return 1
 
     def symbol_of(self, linear_map: LinearMap) -> Symbol | None:

@@ -47,7 +47,8 @@ class Blur(Convolution):
         """
         if not length > 0 or len(shape) != 3:
             raise ConditionError(
-                f"a motion blur takes a positive length and a domain (channel, height, width), given {length}, {tuple(shape)}"
+                f"a motion blur takes a positive length and a domain (channel, height, width), given {length}, "
+                f"{tuple(shape)}"
             )
         radius = math.ceil(length / 2) + 1
         along = torch.linspace(-length / 2, length / 2, 16 * radius + 1, dtype=torch.float64)

@@ -157,7 +157,7 @@ class Convolution(LinearMap):
         size = self.kernel.shape[-len(self.domain) + 1 :]
         grid = [n + k - 1 if self.padding != "circular" else n for n, k in zip(self.domain[1:], size)]
         sums = self._weight(self.kernel.to("cpu", torch.float64), torch.float64).abs().flatten(2).sum(2)
-        error = 4 * EPS * self.kernel[..., 0].numel() * torch.linalg.vector_norm(sums)
+        error = 4 * EPS * self.kernel.numel() * torch.linalg.vector_norm(sums)
         bounds = [norm_of_blocks(Symbol(sums[None], error.reshape(1))).upper]
         if self.padding != "circular":
             wide = Convolution(self.kernel, (self.domain[0], *grid), "circular")

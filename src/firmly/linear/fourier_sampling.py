@@ -17,9 +17,10 @@ from firmly.linear.symbol import Symbol
 class FourierSampling(LinearMap):
     """x -> mask * F x with the unitary discrete Fourier transform F over the spatial axes, for each channel.
 
-    `mask` is (*spatial), boolean or real, in the order of `torch.fft` (frequency 0 first; apply `torch.fft.ifftshift` to a
-    centred mask). Data have the shape of the image, 0 where nothing is sampled. This is a map of *complex* images: real
-    input is taken as complex, data and `A.T(y)` are complex, and <A x, y> = <x, A.T y> holds in the complex inner product.
+    `mask` is (*spatial), boolean or real, in the order of `torch.fft` (frequency 0 first; apply `torch.fft.ifftshift`
+    to a centred mask). Data have the shape of the image, 0 where nothing is sampled. This is a map of *complex* images:
+    real input is taken as complex, data and `A.T(y)` are complex, and <A x, y> = <x, A.T y> holds in the complex inner
+    product.
     """
 
     mask: Tensor

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from firmly.errors import NotDiagonal, ShapeError
 from firmly.linear.basis import Basis, Fourier
-from firmly.linear.map import Bracket, LinearMap, outward
+from firmly.linear.map import Bracket, LinearMap
 from firmly.linear.symbol import Symbol
 
 Border = Literal["neumann", "circular"]
 
 
 class Gradient(LinearMap):
-    """(D x)[c * d + a, i] = x[c, i + e_a] - x[c, i] along each of the d spatial axes a: (c, *spatial) -> (c * d, *spatial).
+    """(D x)[c * d + a, i] = x[c, i + e_a] - x[c, i] along each of the d spatial axes a.
 
+    Images (c, *spatial) have gradients (c * d, *spatial).
     At the last pixel of an axis the difference is 0 ("neumann", the usual discretisation of total variation) or goes to
     the first pixel ("circular", diagonal in Fourier). Norms in closed form: |D|^2 = sum_a 4 cos(pi / (2 n_a))^2 for
     "neumann", and for "circular" 4 in place of the terms with even n_a; so |D|^2 <= 4 d.
@@ -62,7 +63,7 @@ class Gradient(LinearMap):
         for n in self.domain[1:]:
             even = self.padding == "circular" and n % 2 == 0
             square += 0.0 if n == 1 else 4.0 if even else 4 * math.cos(math.pi / (2 * n)) ** 2
-        return outward(math.sqrt(square), math.sqrt(square))
+        return Bracket(math.sqrt(square) * (1 - 1e-14), math.sqrt(square) * (1 + 1e-14))
 
     def _symbol(self, basis: Basis) -> Symbol:
         if not isinstance(basis, Fourier):
@@ -77,5 +78,6 @@ class Gradient(LinearMap):
             kernels[(axis, *[0] * self.axes)] = -1.0
             kernels[(axis, *[int(a == axis) for a in range(self.axes)])] = 1.0
         response, error = basis.response(kernels, [0] * self.axes)  # (axes, blocks)
-        value = torch.kron(torch.eye(self.domain[0], dtype=torch.float64, device=basis.device), response.T[:, :, None].contiguous())
+        eye = torch.eye(self.domain[0], dtype=torch.float64, device=basis.device)
+        value = torch.kron(eye, response.T[:, :, None].contiguous())
         return basis.bounded(value, torch.linalg.vector_norm(error).reshape(1))

@@ -9,10 +9,11 @@ from firmly.linear.resolvent import Resolvent
 
 
 def is_gram(linear_map: LinearMap) -> bool:
-    """Whether the construction shows that the map is self-adjoint and positive semidefinite: A.T @ A, A.T @ P @ A with P such.
+    """Whether the map is self-adjoint and positive semidefinite by its construction: A.T @ A, A.T @ P @ A with P such.
 
-    A map G of that kind with |G| <= c satisfies <G x, x> >= |G x|^2 / c, so a certificate may treat it as a block with slopes
-    in [0, c]. Also the identity, non-negative diagonals, resolvents, and non-negative multiples and sums of such maps.
+    A map G of that kind with |G| <= c satisfies <G x, x> >= |G x|^2 / c, so a certificate may treat it as a block with
+    slopes in [0, c]. Also the identity, non-negative diagonals, resolvents, and non-negative multiples and sums of such
+    maps.
     """
     if isinstance(linear_map, Identity | Resolvent):
         return True

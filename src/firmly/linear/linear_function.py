@@ -12,7 +12,7 @@ Action = Callable[[Tensor], Tensor]  # on batches: (batch, *shape) -> (batch, *s
 
 
 class LinearFunction(torch.autograd.Function):
-    """forward(x), with gradient adjoint(g) and directional derivative forward(t), to any order and under `torch.func`."""
+    """forward(x), with gradient adjoint(g) and directional derivative forward(t); also under `torch.func`."""
 
     @staticmethod
     def forward(x: Tensor, forward: Action, adjoint: Action) -> Tensor:

@@ -32,13 +32,14 @@ def outward(lower: float, upper: float) -> Bracket:
 class LinearMap(nn.Module):
     """A linear map between spaces of tensors of shapes `domain` and `codomain` (both without the batch).
 
-    A subclass gives `_apply_map` and `_apply_adjoint` (both on batched tensors), and where it can `_norm` and `_symbol`; it
-    keeps its tensors with `hold`. It computes in the precision of its input; complex input is mapped complex-linearly.
-    `A(x)` applies, `A.T` is the adjoint map with `A.T.T is A`, `A @ B` composes, `A + B` adds, `2.0 * A` scales.
+    A subclass gives `_apply_map` and `_apply_adjoint` (both on batched tensors), and where it can `_norm` and
+    `_symbol`; it keeps its tensors with `hold`. It computes in the precision of its input, and maps complex input
+    complex-linearly. `A(x)` applies, `A.T` is the adjoint map with `A.T.T is A`, `A @ B` composes, `A + B` adds, `2.0 *
+    A` scales.
     """
 
     application_error = 1e-10
-    """Bound of the rounding of one application in float64, relative to the norm bound: sums of fewer than 1e5 products."""
+    """Bound of the rounding of one application in float64, relative to the norm: sums of fewer than 1e5 products."""
 
     def __init__(self, domain: Sequence[int], codomain: Sequence[int]):
         super().__init__()
@@ -74,7 +75,8 @@ class LinearMap(nn.Module):
     def _upper(self) -> float:
         """A proved upper bound of the norm, for maps too large for `norm_bracket` to treat exactly."""
         raise NotCertifiable(
-            f"no certified norm of {self._get_name()} {self.domain} -> {self.codomain}: it is too large for a factorisation "
+            f"no certified norm of {self._get_name()} {self.domain} -> {self.codomain}: it is too large for a "
+            "factorisation "
             "and no structure of it is known"
         )
 
@@ -139,11 +141,11 @@ def apply(linear_map: LinearMap, x: Tensor) -> Tensor:
         return handle_torch_function(apply, (x,), linear_map, x)
     if tuple(x.shape[1:]) != linear_map.domain:
         raise ShapeError(
-            f"{linear_map._get_name()} takes (batch, {', '.join(map(str, linear_map.domain))}), given {tuple(x.shape)}; "
-            "the first dimension is the batch (use x[None] for a single sample)"
+            f"{linear_map._get_name()} takes (batch, {', '.join(map(str, linear_map.domain))}), given {tuple(x.shape)}"
+            "; the first dimension is the batch (use x[None] for a single sample)"
         )
     if not (x.is_floating_point() or x.is_complex()):
-        raise ShapeError(f"{linear_map._get_name()} takes floating-point data, given {x.dtype}; use x.float() or x.double()")
+        raise ShapeError(f"{linear_map._get_name()} takes floating-point data, given {x.dtype}; use x.float()")
     return linear_map._apply_map(x)
 
 

@@ -15,7 +15,7 @@ from firmly.linear.symbol import Symbol
 
 
 class Diagonal(LinearMap):
-    """x -> weight * x, entry by entry, for a real or complex weight that broadcasts to `shape` (default: its own shape).
+    """x -> weight * x, entry by entry, for a real or complex weight that broadcasts to `shape` (default: its own).
 
     The weight may be a learnable parameter. A weight that is constant along the spatial axes is diagonal in Fourier.
     """
@@ -56,7 +56,8 @@ class Diagonal(LinearMap):
         if isinstance(basis, DenseBasis):
             return basis.exact(torch.diag(weight.expand(self.domain).flatten())[None])
         if isinstance(basis, Fourier) and weight[0].numel() == 1 and len(self.domain) == len(basis.spatial) + 1:
-            return basis.exact(torch.diag(weight.expand(basis.channels(self.domain), *weight.shape[1:]).flatten())[None])
+            factors = weight.expand(basis.channels(self.domain), *weight.shape[1:])
+            return basis.exact(torch.diag(factors.flatten())[None])
         return super()._symbol(basis)
 
 

@@ -1,7 +1,8 @@
 """Certified operator norms: what may be called the norm of a map in a step size or a certificate.
 
 Upper bounds never rest on an iteration that has 'converged': a Cholesky factorisation proves t I - B*B >= 0, or a
-positive vector bounds a non-negative map. Lower bounds are quotients |A v| / |v| of an explicit v. All rounding is paid for.
+positive vector bounds a non-negative map. Lower bounds are quotients |A v| / |v| of an explicit v. All rounding is paid
+for.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def norm_bracket(linear_map: LinearMap) -> Bracket:
     lower = krylov_lower_bound(linear_map, scale=upper)
     if lower > upper:
         raise NotCertifiable(
-            f"{linear_map._get_name()} amplifies some vector {lower:.6g} times, above the bound {upper:.6g} of its parts: "
+            f"{linear_map._get_name()} amplifies some vector {lower:.6g} times, above the bound {upper:.6g} of its "
+            "parts: "
             "a declared norm of a part is too small"
         )
     return Bracket(lower, upper)
@@ -68,7 +70,8 @@ def norm_of_blocks(symbol: Symbol) -> Bracket:
     """The norm of a block-diagonal map from its blocks and their errors.
 
     With B the block, or its adjoint, that has fewer columns: a floating-point Cholesky factorisation of t I - B*B that
-    runs to its end proves |B|^2 <= t + c, with c from Rump, Verification of positive definiteness, BIT 2006, theorem 2.3.
+    runs to its end proves |B|^2 <= t + c, with c from Rump, Verification of positive definiteness, BIT 2006, theorem
+    2.3.
     """
     value = symbol.value.detach().to("cpu", torch.complex128 if symbol.value.is_complex() else torch.float64)
     if symbol.error is None:
@@ -161,7 +164,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Te
 
 
 def krylov_lower_bound(linear_map: LinearMap, scale: float, steps: int = 24) -> float:
-    """|A v| / |v| for a vector v from a Krylov space of A*A, less the rounding of applying A, whose norm is at most `scale`."""
+    """|A v| / |v| for v from a Krylov space of A*A, less the rounding of applying A, whose norm is at most `scale`."""
     dtype = torch.complex128 if linear_map.is_complex else torch.float64
     device = next((t.device for t in (*linear_map.parameters(), *linear_map.buffers())), torch.device("cpu"))
 

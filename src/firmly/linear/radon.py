@@ -13,12 +13,12 @@ from firmly.linear.sparse import Sparse
 
 
 class Radon(Sparse):
-    """Line integrals of an image (1, height, width) at `angles` (radians), sampled by `detectors` rays: (1, angles, detectors).
+    """Line integrals of an image (1, height, width) at `angles` (radians): data (1, angles, detectors).
 
-    The ray at angle a and offset s is x cos a + y sin a = s, with x to the right and y up from the image's centre; pixels
-    and the gaps between rays have size one. Each ray steps along its steeper axis and interpolates linearly between
-    the two pixels at every row or column. The matrix is built once and has non-negative entries; the adjoint is exact.
-    `detectors` defaults to the smallest odd number that covers the diagonal.
+    The ray at angle a and offset s is x cos a + y sin a = s, with x to the right and y up from the image's centre;
+    pixels and the gaps between rays have size one. Each ray steps along its steeper axis and interpolates linearly
+    between the two pixels at every row or column. The matrix is built once and has non-negative entries; the adjoint is
+    exact. `detectors` defaults to the smallest odd number that covers the diagonal.
     Source: Joseph, An improved algorithm for reprojecting rays through pixel images, 1982.
     """
 

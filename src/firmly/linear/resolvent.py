@@ -20,9 +20,9 @@ class Resolvent(LinearMap):
     """x -> (A*A + weight I)^-1 x, the minimiser of 1/2 |A u|^2 + weight / 2 |u|^2 - <u, x>, with weight > 0.
 
     It is applied by the structure of A: entry by entry if A*A is diagonal (masks), frequency by frequency if A is
-    shift-invariant (circular convolutions, Fourier samplings, and what is built from them), by the matrix for domains of at
-    most 2048 entries. Else it raises `NotDiagonal`, because a truncated inner iteration is not this linear map. `weight` is a
-    number or a scalar tensor, which gradients reach; `ConditionError` if it is not positive.
+    shift-invariant (circular convolutions, Fourier samplings, and what is built from them), by the matrix for domains
+    of at most 2048 entries. Else it raises `NotDiagonal`, because a truncated inner iteration is not this linear map.
+    `weight` is a number or a scalar tensor, which gradients reach; `ConditionError` if it is not positive.
     """
 
     weight: Tensor
@@ -68,9 +68,10 @@ class Resolvent(LinearMap):
     def _by_matrix(self, x: Tensor) -> Tensor:
         if math.prod(self.domain) > LARGEST_DENSE:
             raise NotDiagonal(
-                f"no exact resolvent of {self.of._get_name()} on {self.domain}: it is neither diagonal nor shift-invariant, and "
-                f"has more than {LARGEST_DENSE} entries; use an algorithm that needs only A and A.T (forward-backward, "
-                "Chambolle-Pock), or circular padding"
+                f"no exact resolvent of {self.of._get_name()} on {self.domain}: it is neither diagonal nor "
+                "shift-invariant, "
+                f"and has more than {LARGEST_DENSE} entries; use an algorithm that needs only A and A.T "
+                "(forward-backward, Chambolle-Pock), or circular padding"
             )
         flat = x.flatten(1).to(torch.complex128 if x.is_complex() else torch.float64)
         if torch.is_grad_enabled() and any(p.requires_grad for p in (*self.of.parameters(), *self.of.buffers())):
@@ -96,7 +97,7 @@ class Resolvent(LinearMap):
         try:
             return super()._norm()
         except NotCertifiable:
-            weight = float(self.weight)
+            weight = float(self.weight.detach())
             return Bracket((1 - 1e-12) / (self.of.norm().upper ** 2 + weight), (1 + 1e-12) / weight)
 
     def _symbol(self, basis: Basis) -> Symbol:

@@ -37,9 +37,10 @@ class Sparse(LinearMap):
         for prefix, part in (("", matrix.tocsr()), ("adjoint_", matrix.conj().T.tocsr())):
             part.sum_duplicates()
             values = torch.as_tensor(part.data.copy())
+            values = values if values.is_floating_point() or values.is_complex() else values.double()
             self.hold(prefix + "starts", torch.as_tensor(part.indptr.astype("int64")))
             self.hold(prefix + "columns", torch.as_tensor(part.indices.astype("int64")))
-            self.hold(prefix + "values", values if values.is_floating_point() or values.is_complex() else values.double())
+            self.hold(prefix + "values", values)
         self._remembered: Memo[Bracket] = Memo()
 
     @property
@@ -63,7 +64,7 @@ class Sparse(LinearMap):
         values = values.abs() if positive else values
         dtype = x.dtype.to_complex() if values.is_complex() else x.dtype
         size = (rows, x.shape[1])
-        with warnings.catch_warnings():  # torch announces once that its CSR tensors are in beta; the product is tested here
+        with warnings.catch_warnings():  # torch announces once that CSR tensors are in beta
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             matrix = torch.sparse_csr_tensor(starts, columns, values.to(dtype), size=size, check_invariants=False)
         return (matrix @ x.to(dtype).mT).mT

@@ -17,10 +17,10 @@ MERGE = 1e-11  # relative width within which singular values share a block
 def singular_basis(operator: LinearMap, cells: int | None = None, track: bool = True) -> Singular:
     """The basis in which every polynomial in `operator` and its adjoint acts by one number per singular value.
 
-    With `cells=None` the spectrum is computed, with proved error bounds, from the operator's diagonal, Fourier symbol or
-    matrix; singular values that agree to 1e-11 share a block, and 0 is among them (for null spaces). Where that cannot be done, or
-    if `cells` is given, that many equal intervals cover [0, operator.norm().upper], and what is proved holds for any operator
-    with that norm. `ConditionError` for fewer than one cell.
+    With `cells=None` the spectrum is computed, with proved error bounds, from the operator's diagonal, Fourier symbol
+    or matrix; singular values that agree to 1e-11 share a block, and 0 is among them (for null spaces). Where that
+    cannot be done, or if `cells` is given, that many equal intervals cover [0, operator.norm().upper], and what is
+    proved holds for any operator with that norm. `ConditionError` for fewer than one cell.
     """
     if cells is None:
         diagonal = operator.gram_diagonal()
@@ -58,7 +58,8 @@ def singular_values(symbol: Symbol) -> tuple[Tensor, Tensor]:
     size = torch.linalg.vector_norm(value, dim=(1, 2))
     u = torch.linalg.vector_norm(left.mH @ left - eye, dim=(1, 2)) + rounding * 2 * count
     v = torch.linalg.vector_norm(right @ right.mH - eye, dim=(1, 2)) + rounding * 2 * count
-    residual = torch.linalg.vector_norm((left * values[:, None]) @ right - value, dim=(1, 2)) + rounding * 4 * count * size
+    residual = torch.linalg.vector_norm((left * values[:, None]) @ right - value, dim=(1, 2))
+    residual = residual + rounding * 4 * count * size
     bound = residual + values[:, 0] * (u + v + u * v) + error
     return values.flatten(), bound[:, None].expand_as(values).flatten()
 

@@ -41,7 +41,8 @@ class Symbol:
         if self.rows is not None and other.rows is not None:
             meet(self.columns, other.rows)
         if self.value.shape[2] != other.value.shape[1]:
-            raise NotDiagonal(f"blocks {tuple(self.value.shape[1:])} and {tuple(other.value.shape[1:])} do not multiply")
+            left, right = tuple(self.value.shape[1:]), tuple(other.value.shape[1:])
+            raise NotDiagonal(f"blocks {left} and {right} do not multiply")
         value = _matmul(self.value, other.value)
         error = None
         if self.error is not None and other.error is not None:
@@ -83,7 +84,7 @@ class Symbol:
         if self.value.shape[1] != self.value.shape[2]:
             raise NotDiagonal(f"blocks {tuple(self.value.shape[1:])} are not square and have no inverse")
         if self.rows != self.columns:
-            raise NotDiagonal(f"no inverse from '{self.rows}' to '{self.columns}': the two sides have no common coordinates")
+            raise NotDiagonal(f"no inverse between '{self.rows}' and '{self.columns}': they are different coordinates")
         value = 1 / self.value if self.value.shape[1] == 1 else torch.linalg.inv(self.value)
         error = None
         if self.error is not None:
@@ -105,7 +106,7 @@ def meet(left: str | None, right: str | None) -> str | None:
 
 
 def meet_pair(first: Symbol, second: Symbol) -> tuple[str | None, str | None]:
-    """Rows and columns of a sum: equal on both sides, where the identity takes any that are the same on its two sides."""
+    """Rows and columns of a sum: equal in both terms; the identity takes any, the same on its two sides."""
     if first.rows is None and first.columns is None:
         return meet(second.rows, second.columns), second.columns
     if second.rows is None and second.columns is None:

@@ -18,7 +18,8 @@ class Wavelet(LinearMap):
 
     One level filters along each spatial axis and keeps every second value: low (x) -> first half, high (x) -> second
     half; the next level does the same to the low part. Periodic ends keep the transform orthogonal at any depth.
-    `wavelet` names an orthogonal family of PyWavelets ("haar", "db4", "sym8", "coif2"); sizes are multiples of 2^levels.
+    `wavelet` names an orthogonal family of PyWavelets ("haar", "db4", "sym8", "coif2"); sizes are multiples of
+    2^levels.
     Source: Mallat, A Wavelet Tour of Signal Processing, 2009, section 7.3.
     """
 
@@ -28,7 +29,8 @@ class Wavelet(LinearMap):
         super().__init__(shape, shape)
         if levels < 1 or any(n % 2**levels for n in self.domain[1:]) or len(self.domain) < 2:
             raise ShapeError(
-                f"{levels} levels halve (channel, *spatial) that often: the sizes must be multiples of {2 ** max(levels, 1)}, "
+                f"{levels} levels halve (channel, *spatial) that often: the sizes must be multiples of "
+                f"{2 ** max(levels, 1)}, "
                 f"given {self.domain}"
             )
         self.levels = levels
@@ -76,7 +78,7 @@ class Wavelet(LinearMap):
         return (torch.arange(n + taps - 2, device=device) - (taps // 2 - 1)) % n
 
     def _defect(self) -> float:
-        """Bound of |L*L - I| for one level L along one axis: the filter's correlations at even shifts, which should be 0."""
+        """Bound of |L*L - I| for one level L along one axis, from the filter's correlations at even shifts."""
         low = self.filters[0].to("cpu", torch.float64)
         taps = len(low)
         even = [float(low[2 * k :] @ low[: taps - 2 * k]) for k in range(taps // 2)]
@@ -98,7 +100,9 @@ def _scaling_filter(name: str) -> list[float]:
     try:
         import pywt
     except ImportError as error:
-        raise ImportError("Wavelet takes its filters from PyWavelets, which is not installed: pip install 'firmly[wavelet]'") from error
+        raise ImportError(
+            "Wavelet takes its filters from PyWavelets, which is not installed: pip install 'firmly[wavelet]'"
+        ) from error
     if name not in pywt.wavelist(kind="discrete"):
         raise ConditionError(f"unknown wavelet {name!r}: choose one of {pywt.wavelist(kind='discrete')}")
     wavelet = pywt.Wavelet(name)
