@@ -60,6 +60,7 @@ html_theme_options = {
     "pygments_light_style": "default",
     "pygments_dark_style": "github-dark",
 }
-html_sidebars = {"first_certificate": [], "how_to_choose": [], "architecture": [], "command_line": [], "experiments": [], "changelog": []}
+single_pages = ("first_certificate", "how_to_choose", "architecture", "command_line", "experiments", "changelog")
+html_sidebars = {page: [] for page in single_pages}
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
