@@ -23,6 +23,10 @@ class NotCertifiable(FirmlyError):
     """An operation that no bound is known for stands in the way of a certificate."""
 
 
+class NotConverged(FirmlyError, RuntimeError):
+    """An inner iteration that did not reach its certified accuracy."""
+
+
 class VerificationError(FirmlyError):
     """A certificate does not hold for the network it was checked against."""
 

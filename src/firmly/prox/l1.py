@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from firmly.prox.prior import Prior, sum_over_sample
+from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
 
 class L1(Prior):
@@ -17,7 +17,7 @@ class L1(Prior):
 
     def __init__(self, weight: float | Tensor = 1.0):
         super().__init__()
-        self.weight = weight
+        self._hold("weight", positive("the weight of L1", weight, allow_zero=True))
 
     def value(self, x: Tensor) -> Tensor:
         return sum_over_sample(self.weight * x.abs())
@@ -25,9 +25,11 @@ class L1(Prior):
     def _prox(self, z: Tensor, step: float | Tensor) -> Tensor:
         return soft_threshold(z, step * self.weight)
 
+    def slope_at(self, step: float | Tensor = 1.0) -> Slope:
+        positive("the weight of L1", self.weight, allow_zero=True)  # it may have been learned since
+        return super().slope_at(step)
+
 
 def soft_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:
     """z max(1 - threshold / |z|, 0): shrinks the magnitude of every entry, real or complex."""
-    if z.is_complex():
-        return z.sgn() * (z.abs() - threshold).clamp(min=0)
-    return z.sign() * (z.abs() - threshold).clamp(min=0)
+    return z.sgn() * (z.abs() - threshold).clamp(min=0)

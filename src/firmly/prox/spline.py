@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from firmly.errors import ConditionError, ShapeError
 from firmly.prox.activation import Activation
+from firmly.prox.prior import Prior, Slope, largest, positive, smallest, sum_over_sample
 
 
 class LinearSpline(Activation):
@@ -66,6 +67,24 @@ class LinearSpline(Activation):
         constants = self._anchored(offsets, places) + self._anchored(slopes, places**2 / 2)
         return _look_up(constants, piece) + z * (_look_up(offsets, piece) + z / 2 * _look_up(slopes, piece))
 
+    def conjugate(self, x: Tensor) -> Tensor:
+        """max_z x z - psi_i(z), entry by entry, for slopes >= 0; infinite beyond a flat tail."""
+        slopes = self.slopes.to(x.dtype)
+        knots, constants = self._places(slopes), self._anchored(slopes, self._places(slopes))
+        levels = slopes[:, :-1] * knots + constants[:, :-1]  # phi at the knots, not decreasing: (channels, knots)
+        columns = x.movedim(1, 0).flatten(1)
+        piece = torch.searchsorted(levels.contiguous(), columns.contiguous(), right=True)
+        slope, constant = slopes.gather(1, piece), constants.gather(1, piece)
+        nearest = knots[piece.clamp(max=self.knots - 1)]
+        z = torch.where(slope > 0, (columns - constant) / torch.where(slope > 0, slope, 1), nearest)
+        tolerance = 64 * torch.finfo(x.dtype).eps * (1 + levels.abs().amax(1, keepdim=True))
+        beyond = torch.where(
+            slope > 0, False, (columns < levels[:, :1] - tolerance) | (columns > levels[:, -1:] + tolerance)
+        )
+        z = z.reshape(x.movedim(1, 0).shape).movedim(0, 1)
+        beyond = beyond.reshape(x.movedim(1, 0).shape).movedim(0, 1)
+        return torch.where(beyond, torch.inf, x * z - self.potential(z))
+
     def _places(self, like: Tensor) -> Tensor:
         return (torch.arange(self.knots, device=like.device) - self.knots // 2).to(like.dtype) * self.spacing
 
@@ -88,6 +107,37 @@ class LinearSpline(Activation):
     def extra_repr(self) -> str:
         reach = self.spacing * (self.knots // 2)
         return f"channels={self.channels}, knots={self.knots}, reach={reach:.4g}, slopes in [{self.low}, {self.high}]"
+
+
+class MonotoneSpline(Prior):
+    """The prior whose prox is a learned spline R_c on channel c: prox(z, t) = t R_c(z / t), slopes in [low, high].
+
+    Monotone slopes in [0, 1] make R_c the prox of a convex g, high > 1 that of a weakly convex one; the step t is the
+    scale of the knots, as for the soft threshold, and t^2 g(x / t) the function that takes the place of t g(x).
+    g(x) = max_z (x z - Phi(z)) - x^2 / 2 with Phi' = R, infinite beyond the range of R (a flat tail).
+    Source: every monotone R with slopes in [0, 1] is a prox (Moreau 1965, corollary 10.c); Nguyen et al., Learning
+    convex regularizers for optimal Bayesian denoising, 2018.
+    """
+
+    structure = "channel"
+    real_only = True
+
+    def __init__(self, spline: LinearSpline):
+        super().__init__()
+        if spline.low < 0:
+            raise ConditionError(f"a monotone spline has slopes of at least 0, given low = {spline.low}")
+        self.spline = spline
+
+    def value(self, x: Tensor) -> Tensor:
+        return sum_over_sample(self.spline.conjugate(x) - x**2 / 2)
+
+    def _prox(self, z: Tensor, step: float | Tensor) -> Tensor:
+        return step * self.spline(z / step)
+
+    def slope_at(self, step: float | Tensor = 1.0) -> Slope:
+        positive("the step", step)
+        low, high = self.spline.interval()
+        return Slope(smallest(low), largest(high))
 
 
 def _look_up(table: Tensor, piece: Tensor) -> Tensor:
