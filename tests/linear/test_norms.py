@@ -161,7 +161,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
         linear.Convolution(weight, (1, 64, 64), "zero").norm()
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1.0, 1e200, 1e306])
 def test_norm_of_blocks_on_many_small_matrices(scale: float) -> None:
     for seed in range(50):
         rows, columns = 1 + seed % 4, 1 + seed % 3

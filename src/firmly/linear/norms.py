@@ -82,7 +82,7 @@ def norm_of_blocks(symbol: Symbol) -> Bracket:
     top = float(value.abs().max()) if value.numel() else 0.0
     if top == 0.0:
         return Bracket(0.0, float(error.max()))
-    scale = 2.0 ** math.frexp(top)[1]  # a power of two: scaling is exact
+    scale = 2.0 ** max(-1000, min(math.frexp(top)[1], 1000))  # a power of two: scaling is exact
     value, error = value / scale, error / scale
     frobenius = torch.linalg.vector_norm(value, dim=(1, 2))
     rounding = 4 * (value.shape[1] * value.shape[2] + 4) * EPS * frobenius

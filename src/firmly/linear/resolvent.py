@@ -55,7 +55,8 @@ class Resolvent(LinearMap):
         if not spatial:
             raise NotDiagonal("flat features have no frequencies")
         basis = Fourier(spatial, full=x.is_complex(), track=False, device=x.device)
-        value = self._symbol(basis).value.to(x.dtype.to_complex())  # (blocks, channel, channel)
+        value = self._symbol(basis).value.to(x.dtype.to_complex())
+        value = value.expand(basis.blocks, -1, -1)  # (blocks, channel, channel)
         axes = tuple(range(2, x.dim()))
         forward, backward = (torch.fft.fftn, torch.fft.ifftn) if x.is_complex() else (torch.fft.rfftn, torch.fft.irfftn)
         frequencies = forward(x, dim=axes)
