@@ -65,7 +65,8 @@ def selu(tracer: Tracer, x: Signal, inplace: bool = False) -> Signal:
 def gelu(tracer: Tracer, x: Signal, approximate: str = "none") -> Signal:
     """x Phi(x): its slope Phi(x) + x phi(x) is extremal where phi(x) (2 - x^2) = 0, at x = -sqrt 2 and sqrt 2.
 
-    The tanh approximation has been bounded on a fine grid with the Lipschitz constant of its slope: 1.12902 and -0.12902.
+    The tanh approximation has been bounded on a fine grid with the Lipschitz constant of its slope: 1.12902 and
+    -0.12902.
     """
     if approximate == "tanh":
         return x.nonlinear(Slope(-0.1291, 1.1291))

@@ -18,10 +18,11 @@ from firmly.prox.prior import Slope
 class Blocks:
     """`z_i = Z_i (d, v)` and `output = O (d, v)` on every block; columns are ordered d, v_1, v_2, ...
 
-    In the averaged form (`sweep(..., averaged=True)`) the columns are (d, q) instead, with v_i = (a+b)/2 z_i + (b-a)/2 q_i
-    and |q_i| <= |z_i|.
+    In the averaged form (`sweep(..., averaged=True)`) the columns are (d, q) instead, with v_i = (a+b)/2 z_i +
+    (b-a)/2 q_i and |q_i| <= |z_i|.
     """
 
+    system: System
     basis: Basis
     inputs: list[slice]
     columns: list[slice]  # of v_i (or q_i)
@@ -79,7 +80,8 @@ def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
             else:
                 coordinates.joined([node.parent])
     rows = [real_if_close(padded(z, width)) for z in rows]
-    return Blocks(basis, inputs, columns, slopes, separable, rows, real_if_close(padded(values[system.output], width)))
+    output = real_if_close(padded(values[system.output], width))
+    return Blocks(system, basis, inputs, columns, slopes, separable, rows, output)
 
 
 class Coordinates:

@@ -23,9 +23,9 @@ def bound(
 ) -> Tensor:
     """max_f sqrt(rho_f(weights; mu)) with fixed multipliers mu: a scalar whose gradient reaches the weights of `net`.
 
-    Any mu gives an upper bound of the Lipschitz constant, up to rounding (only `certify` pays for that); at the optimal mu
-    the gradient is that of the optimal bound too (envelope theorem). `multipliers=None` solves for them first; in training,
-    solve every so often with `multipliers` and pass them on. Infinite if mu is feasible no more.
+    Any mu gives an upper bound of the Lipschitz constant, up to rounding (only `certify` pays for that); at the
+    optimal mu the gradient is that of the optimal bound too (envelope theorem). `multipliers=None` solves for them
+    first; in training, solve every so often with `multipliers` and pass them on. Infinite if mu is feasible no more.
     """
     if multipliers is None:
         multipliers = solved_multipliers(net, wrt, shape)

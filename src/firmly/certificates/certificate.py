@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from firmly.certificates.representation import BasisChoice

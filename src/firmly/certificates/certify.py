@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,29 +12,20 @@ from torch import Tensor, nn
 
 from firmly.certificates.blocks import Blocks, sweep
 from firmly.certificates.certificate import Bound, Certificate
-from firmly.certificates.forward_backward import virtual_bound
 from firmly.certificates.lower import lower_bound
-from firmly.certificates.norm_bounds import averaged_bound, product_bound
+from firmly.certificates.norm_bounds import NORM_BOUNDS
 from firmly.certificates.pencil import pencil
 from firmly.certificates.representation import represent
 from firmly.certificates.signal import trace
 from firmly.certificates.spectral import causal_multipliers, minimise_rho
-from firmly.certificates.system import System, weights_hash
+from firmly.certificates.system import weights_hash
 from firmly.certificates.verify import certified_gain
 from firmly.errors import NotCertifiable, ShapeError
-from firmly.linear.basis import Basis
 from firmly.linear.map import LinearMap
 
 Method = Literal["auto", "product", "averaged", "direct", "virtual", "spectral"]
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
-# 'direct' is the name of the averaged recursion where it runs on the bias of forward-backward.
-NORM_BOUNDS: dict[str, Callable[[System, Basis], float]] = {
-    "product": product_bound,
-    "averaged": averaged_bound,
-    "direct": averaged_bound,
-    "virtual": virtual_bound,
-}
 # The matrices of all blocks are held at once; beyond this many entries the inequality is not attempted.
 SPECTRAL_ENTRIES = 4e8
 
@@ -54,9 +45,10 @@ def certify(
     shape of its input without the batch, or a dict from argument names of `forward` to shapes, and `wrt` names
     arguments ("data" is the first, "both" all). Weights are taken in double precision, as the network is now.
 
-    `method`: "product", "averaged" ("direct"), "virtual" (forward-backward only), "spectral" (matrix inequality with shared
-    multipliers), or "auto" for all that apply; the smallest bound is returned. `tolerance` is the relative accuracy of the
-    spectral bound and `budget_s` the seconds it may take. Raises `NotCertifiable` for what no sound bound is known of.
+    `method`: "product", "averaged" ("direct"), "virtual" (forward-backward only), "spectral" (matrix inequality with
+    shared multipliers), or "auto" for all that apply; the smallest bound is returned. `tolerance` is the relative
+    accuracy of the spectral bound and `budget_s` the seconds it may take. Raises `NotCertifiable` for what no sound
+    bound is known of.
     """
     if method != "auto" and method != "spectral" and method not in NORM_BOUNDS:
         raise ValueError(f"unknown method {method!r}: choose auto, spectral, {', '.join(NORM_BOUNDS)}")
@@ -66,17 +58,17 @@ def certify(
     net = copy.deepcopy(net).double().cpu()
     system = trace(net, inputs, names, is_complex)
     choice, basis, blocked, relaxations = represent(system)
+    blocks = sweep(blocked, basis)
     bounds: list[Bound] = []
     for name, bound in NORM_BOUNDS.items():
         if method == name or (method == "auto" and name != "direct"):
             started = time.perf_counter()
             try:
-                bounds.append(Bound(name, bound(blocked, basis), time.perf_counter() - started))
+                bounds.append(Bound(name, bound(blocks), time.perf_counter() - started))
             except NotCertifiable:
                 if method == name:
                     raise
     multipliers, per_channel = None, choice.name in ("dense", "fourier")
-    blocks = sweep(blocked, basis)
     if method in ("auto", "spectral"):
         found, multipliers = spectral_bound(blocks, per_channel, tolerance, budget_s)
         bounds.append(found)

@@ -1,8 +1,9 @@
 """The bound of the unfolded forward-backward algorithm through its virtual network with leakage.
 
-Chouzenoux, Della Valle, Pesquet, Stability Bounds for the Unfolded Forward-Backward Algorithm, JMIV 2025 (arXiv 2412.17888).
-The bias b_0 that feeds every layer is carried along as part of the state, z_n = (x_n, b_n), scaled by leakage factors
-eta_n that the network itself does not depend on. In a common eigenbasis every layer acts by a 2 x 2 matrix.
+Chouzenoux, Della Valle, Pesquet, Stability Bounds for the Unfolded Forward-Backward Algorithm, JMIV 2025 (arXiv
+2412.17888). The bias b_0 that feeds every layer is carried along as part of the state, z_n = (x_n, b_n), scaled by
+leakage factors eta_n that the network itself does not depend on. In a common eigenbasis every layer acts by a 2 x 2
+matrix.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from firmly.certificates.blocks import Blocks, sweep
-from firmly.certificates.system import System
+from firmly.certificates.blocks import Blocks
 from firmly.errors import NotCertifiable
-from firmly.linear.basis import Basis
 
 START, BIAS, JOINT = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # d -> (x_0, b_0): one of them, or both equal to d
 
@@ -29,9 +28,10 @@ def virtual_network_bound(
 ) -> float:
     """theta_m / 2^(m-1) for layers x_n = R_n(beta_n x_{n-1} + steps_n b_0) on eigenvalues, beta (m, P), steps (m,).
 
-    M_{i..n} = [[B, L], [0, e]] on every eigenvalue, with B the product of the beta, e = eta_n / eta_{i-1} and L the response to the
-    bias; a_{i,n} = |M_{i..n}|^2; theta_0 = 1, theta_n = sum_i theta_{i-1} sqrt(a_{i,n}). `output="image"` drops the row of
-    the bias in the last layer. `entry` (P, 2) or (2,) says how (x_0, b_0) depends on a scalar input; None perturbs both freely.
+    M_{i..n} = [[B, L], [0, e]] on every eigenvalue, with B the product of the beta, e = eta_n / eta_{i-1} and L the
+    response to the bias; a_{i,n} = |M_{i..n}|^2; theta_0 = 1, theta_n = sum_i theta_{i-1} sqrt(a_{i,n}).
+    `output="image"` drops the row of the bias in the last layer. `entry` (P, 2) or (2,) says how (x_0, b_0) depends
+    on a scalar input; None perturbs both freely.
     """
     m, size = beta.shape
     eta = torch.ones(m + 1, dtype=beta.dtype) if eta is None else eta
@@ -62,14 +62,15 @@ def best_leakage_bound(beta: Tensor, steps: Tensor, entry: Tensor | tuple[float,
     return min(virtual_network_bound(beta, steps, ratio**powers, entry) for ratio in ratios)
 
 
-def virtual_bound(system: System, basis: Basis) -> float:
+def virtual_bound(blocks: Blocks) -> float:
     """The virtual-network bound of a traced forward-backward network with one input, in its common eigenbasis."""
-    beta, steps, entry = chain(sweep(system, basis))
+    beta, steps, entry = chain(blocks)
     return best_leakage_bound(beta, steps, entry) * (1 + 1e-9)
 
 
 def chain(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """(beta, steps, entry) if z_n = beta_n v_{n-1} + steps_n h d on every block, with one channel and R_n firmly nonexpansive.
+    """(beta, steps, entry) if z_n = beta_n v_{n-1} + steps_n h d on every block, with one channel and R_n firmly
+    nonexpansive.
 
     The first layer is the entry: z_1 = x_0 with x_0 = M_1 d and b_0 = h d.
     """

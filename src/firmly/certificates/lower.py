@@ -90,7 +90,8 @@ def measured(net: Network, y: Tensor, d: Tensor, origin: Tensor | None = None) -
 
 
 def as_function(net: nn.Module, inputs: Mapping[str, Sequence[int]], names: Sequence[str], is_complex: bool) -> Network:
-    """The network as a function of one tensor: the perturbed input, or all of them flattened and joined; others are zero."""
+    """The network as a function of one tensor: the perturbed input, or all of them flattened and joined; others are
+    zero."""
     net = copy.deepcopy(net).double().cpu()
     dtype = torch.complex128 if is_complex else torch.float64
     fixed = {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in inputs.items()}
@@ -128,8 +129,9 @@ def lower_bound(
 ) -> AttainedPair:
     """The largest ratio found: worst directions of linear regimes at several sizes, then ascent from the best.
 
-    A piecewise-linear network acts as one linear map on large inputs and as another near zero; the blocks give the worst
-    direction when all slopes are at their upper or at their lower ends. Every ratio is measured on the network itself.
+    A piecewise-linear network acts as one linear map on large inputs and as another near zero; the blocks give the
+    worst direction when all slopes are at their upper or at their lower ends. Every ratio is measured on the network
+    itself.
     """
     deadline = time.monotonic() + budget_s
     run = as_function(net, inputs, names, is_complex)

@@ -2,8 +2,8 @@
 
     M(rho, mu) = rho |d|^2 - |output|^2 + sum_i mu_i (|v_i|^2 - (a_i + b_i) Re <v_i, z_i> + a_i b_i |z_i|^2)  >= 0
 
-for all (d, v) on every block proves |output| <= sqrt(rho) |d|, because every bracket is minus a quadratic constraint that the
-nonlinearities satisfy once the blocks are summed. The multipliers mu >= 0 are shared by all blocks.
+for all (d, v) on every block proves |output| <= sqrt(rho) |d|, because every bracket is minus a quadratic constraint
+that the nonlinearities satisfy once the blocks are summed. The multipliers mu >= 0 are shared by all blocks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ CHUNK_ENTRIES = 2**18  # matrix entries worked on at once: what fits in the cach
 class Pencil:
     """The matrices M(rho, mu) of selected blocks; columns 0 .. inputs-1 are d, the others v.
 
-    The constraints are sums of scalar ones, the *entries*: entry e couples column `column[e]` of v and row `row[e]` of Z with
-    slopes [low, high] under multiplier `owner[e]`. A column or a row of zeros stands at the end for entries with only one side.
+    The constraints are sums of scalar ones, the *entries*: entry e couples column `column[e]` of v and row `row[e]`
+    of Z with slopes [low, high] under multiplier `owner[e]`. A column or a row of zeros stands at the end for entries
+    with only one side.
     """
 
     Z: Tensor  # (blocks, rows + 1, width)
@@ -74,7 +75,8 @@ class Pencil:
         return torch.cat([largest_eigenvalue(*part.eliminated(mu)) for part in self.chunks()])
 
     def eliminated(self, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """R = C + G^H S^-1 G with M(0, mu) = [[-C, G^H], [G, S]], and S = L L^H, L^-1 G, and where S is not definite."""
+        """R = C + G^H S^-1 G with M(0, mu) = [[-C, G^H], [G, S]], and S = L L^H, L^-1 G, and where S is not
+        definite."""
         M = self.matrix(0.0, mu)
         n = self.inputs
         factor, failed = torch.linalg.cholesky_ex(M[:, n:, n:])

@@ -3,7 +3,8 @@
 The result is a system in which every map is diagonal. It is looser than the original, never unsound:
 
 - `A.T A` of any map is symmetric with spectrum in [0, |A|^2]: slopes [0, |A|^2].
-- `A.T R(A .)` with slopes of R in [0, b] has slopes [0, b |A|^2]: <dp, dx> = <dv, A dx> >= |dv|^2 / b >= |dp|^2 / (b |A|^2).
+- `A.T R(A .)` with slopes of R in [0, b] has slopes [0, b |A|^2]: <dp, dx> = <dv, A dx> >= |dv|^2 / b >= |dp|^2 / (b
+  |A|^2).
 - an entrywise product with real factors in [a, b] has slopes [a, b].
 - any other map has |v| <= |A| |z|: slopes [-|A|, |A|].
 - an input that is seen only through such maps is replaced by their outputs, whose norms |A_k| |d| add up in squares.

@@ -17,7 +17,8 @@ DENSE_COLUMNS = 400
 
 @dataclass(frozen=True)
 class BasisChoice:
-    """`name` is dense, fourier, singular or norms; `spatial` the grid of fourier; `operator` the index of K among the maps."""
+    """`name` is dense, fourier, singular or norms; `spatial` the grid of fourier; `operator` the index of K among the
+    maps."""
 
     name: str
     spatial: tuple[int, ...] = ()

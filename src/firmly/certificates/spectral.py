@@ -1,10 +1,12 @@
 """Minimise rho over the multipliers of a pencil: Newton's method on a smoothed maximum, on a growing working set.
 
-After elimination of v, a block asks for rho >= lambda_max(R_f(mu)) with R_f = C + G^H S^-1 G, a convex function of mu. So the
-problem is to minimise the largest eigenvalue over thousands of blocks in a handful of unknowns. It is smoothed by
-(1/beta) log sum_f tr exp(beta R_f), whose Newton steps are cheap, with beta increasing. Few blocks are ever near the maximum:
-the minimisation sees a working set, and the worst violators among all blocks join it. The best mu that is feasible for *all*
-blocks is kept throughout, and is the result whenever the loop ends.
+After elimination of v, a block asks for rho >= lambda_max(R_f(mu)) with R_f = C + G^H S^-1 G, a convex function of
+mu. So the problem is to minimise the largest eigenvalue over thousands of blocks in a handful of unknowns. It is
+smoothed by (1/beta) log sum_f tr exp(beta R_f), whose Newton steps are cheap, with beta increasing; a vanishing
+multiple of -log det S_f keeps the steps inside the domain, where blocks that the input hardly reaches would stop
+them. Few blocks are ever near the maximum: the minimisation sees a working set, and the worst violators among all
+blocks join it. The best mu that is feasible for *all* blocks is kept throughout, and is the result whenever the loop
+ends.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def causal_multipliers(pencil: Pencil) -> Tensor:
     """Multipliers that are feasible for some rho, whatever the blocks: chosen from the last nonlinearity to the first.
 
     Splitting every product |v_i| |z_i| by Young's inequality among the p predecessors of z_i shows that
-    mu_j >= 2 p_out |O_j|^2 + sum_{i after j} mu_i p_i ((a+b)^2 + 2 |ab|) |Z_ij|^2 makes the v-part of M positive definite.
+    mu_j >= 2 p_out |O_j|^2 + sum_{i after j} mu_i p_i ((a+b)^2 + 2 |ab|) |Z_ij|^2 makes the v-part of M positive
+    definite.
     """
     n = pencil.inputs
     Z2 = pencil.Z[:, :, n:].detach().abs().square().amax(0)  # (rows + 1, v)
@@ -101,52 +104,61 @@ def causal_multipliers(pencil: Pencil) -> Tensor:
 
 
 def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: float) -> tuple[Tensor, float]:
-    """Minimise max_f lambda_max(R_f(mu)) on the working set; returns mu and the weighted mean of the R_f, a lower estimate."""
+    """Minimise max_f lambda_max(R_f(mu)) on the working set; returns mu and a lower estimate of the minimum."""
     count = math.log(len(pencil) * pencil.inputs + 1)
-    top = float(pencil.required(mu).max())
-    beta, relaxed = 4 * count / top, 0.0
+    beta, relaxed = 4 * count / float(pencil.required(mu).max()), 0.0
     while True:
-        for _ in range(40):
-            value, mean, gradient, hessian = smoothed_maximum(pencil, mu, beta)
+        barrier = count / (beta * len(pencil) * (pencil.width - pencil.inputs))
+        for _ in range(50):
+            value, mean, gradient, hessian = smoothed_maximum(pencil, mu, beta, barrier)
             scaled = hessian * mu[:, None] * mu  # unknowns log-scaled, so that regularisation is relative
             scaled.diagonal().add_(1e-12 * scaled.diagonal().max())
             direction = -mu * torch.linalg.solve(scaled, mu * gradient)
             decrement = float(-gradient @ direction)
-            if not decrement > 1e-3 * count / beta:
+            length = step_length(pencil, mu, direction, beta, barrier, value, decrement)
+            mu = mu + length * direction
+            if decrement < 0.01 * count / beta or length == 0 or time.monotonic() > deadline:
                 break
-            length = 1.0
-            while length > 1e-8:
-                candidate = mu + length * direction
-                if (
-                    float(candidate.min()) > 0
-                    and smoothed_value(pencil, candidate, beta) <= value - 0.1 * length * decrement
-                ):
-                    break
-                length /= 2
-            else:
-                break
-            mu = candidate
-            if time.monotonic() > deadline:
-                break
-        relaxed = max(relaxed, mean - 2 * max(decrement, 0.0))
-        if count / beta <= tolerance * value or time.monotonic() > deadline:
+        relaxed = max(relaxed, mean - 2 * count / beta)
+        if 2 * count / beta <= tolerance * abs(mean) or time.monotonic() > deadline:
             return mu, relaxed
         beta *= 6
 
 
-def smoothed_value(pencil: Pencil, mu: Tensor, beta: float) -> float:
-    R, *_, failed = pencil.eliminated(mu)
+def step_length(
+    pencil: Pencil, mu: Tensor, direction: Tensor, beta: float, barrier: float, value: float, decrement: float
+) -> float:
+    """Backtracking to a feasible point with a tenth of the predicted decrease; 0 if there is none."""
+    length = 1.0
+    while length > 1e-9 and decrement > 0:
+        candidate = mu + length * direction
+        if float(candidate.min()) > 0 and (
+            smoothed_value(pencil, candidate, beta, barrier) <= value - 0.1 * length * decrement
+        ):
+            return length
+        length /= 2
+    return 0.0
+
+
+def smoothed_value(pencil: Pencil, mu: Tensor, beta: float, barrier: float) -> float:
+    R, L, _, failed = pencil.eliminated(mu)
     if bool(failed.any()):
         return math.inf
     eigenvalues = R[:, :, 0].real if R.shape[1] == 1 else torch.linalg.eigvalsh(R)
-    return float(torch.logsumexp(beta * eigenvalues.flatten(), 0)) / beta
+    return float(torch.logsumexp(beta * eigenvalues.flatten(), 0) / beta - barrier * logdet(L))
 
 
-def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float) -> tuple[float, float, Tensor, Tensor]:
-    """Value, weighted mean, gradient and Hessian of (1/beta) log sum_f tr exp(beta R_f(mu)).
+def logdet(L: Tensor) -> Tensor:
+    return 2 * L.diagonal(dim1=1, dim2=2).real.log().sum()
 
-    With X = [I; -S^-1 G] one has R = -X^H M(0, mu) X, dR_j = -X^H A_j X and d2R_jl = 2 sym (A_j X)_v^H S^-1 (A_l X)_v. Every A_j is a
-    sum over its entries of terms of rank two, so all products reduce to Gram matrices and entrywise products.
+
+def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float, barrier: float) -> tuple[float, float, Tensor, Tensor]:
+    """Value, weighted mean of the R_f, gradient and Hessian of (1/beta) log sum_f tr exp(beta R_f) - barrier log det
+    S_f.
+
+    With X = [I; -S^-1 G] one has R = -X^H M(0, mu) X, dR_j = -X^H A_j X and d2R_jl = 2 sym (A_j X)_v^H S^-1 (A_l X)_v.
+    Every A_j is a sum over its entries of terms of rank two, [e_v, z^H] [[1, -(a+b)/2], [-(a+b)/2, ab]] [e_v, z^H]^H,
+    so all products reduce to Gram matrices and entrywise products.
     """
     R, L, Y, _ = pencil.eliminated(mu)
     n = pencil.inputs
@@ -163,7 +175,7 @@ def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float) -> tuple[float, fl
     along_v, along_z = v - half * z, product * z - half * v  # A_e X = e_v along_v + conj(z-row) along_z
 
     first = -(v.conj() * along_v + z.conj() * along_z).real  # diagonal of U^H dR_e U: (blocks, entries, n)
-    entry_gradient = torch.einsum("ben,bn->e", first, weight)
+    slope = torch.einsum("ben,bn->e", first, weight)
 
     columns = torch.cat([torch.eye(pencil.width, dtype=R.dtype)[n:], R.new_zeros(pencil.width - n, 1)], dim=1)
     sides = torch.cat([columns[:, pencil.column].expand(len(R), -1, -1), pencil.Z[:, pencil.row, n:].mH], dim=2)
@@ -172,6 +184,10 @@ def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float) -> tuple[float, fl
     strength = torch.cat([along_v, along_z], dim=1)  # (blocks, 2 entries, n)
     second = 2 * (gram * ((strength.conj() * weight[:, None, :]) @ strength.mT)).real.sum(0)
     entries = len(pencil.column)
+    near, far = gram[:, :entries], gram[:, entries:]
+    inner = torch.cat([near - half * far, product * far - half * near], dim=1)  # S^-1 A_e, seen from the sides
+    pull = inner.diagonal(dim1=1, dim2=2).real.sum(0).reshape(2, entries).sum(0)
+    second = second + barrier * (inner * inner.mT).real.sum(0)
     entry_hessian = second.reshape(2, entries, 2, entries).sum((0, 2))
 
     if n == 1:
@@ -188,9 +204,11 @@ def smoothed_maximum(pencil: Pencil, mu: Tensor, beta: float) -> tuple[float, fl
         spread_term = torch.einsum("bekl,bfkl->ef", (dR * divided[:, None]), dR.conj()).real
     collect = torch.zeros(pencil.multipliers, entries, dtype=torch.float64)
     collect[pencil.owner, torch.arange(entries)] = 1.0
-    gradient = collect @ entry_gradient
-    hessian = collect @ (entry_hessian + spread_term) @ collect.T - beta * gradient[:, None] * gradient
-    return float(logarithm) / beta, float((weight * eigenvalues).sum()), gradient, hessian
+    mean_slope = collect @ slope
+    gradient = mean_slope - barrier * (collect @ pull)
+    hessian = collect @ (entry_hessian + spread_term) @ collect.T - beta * mean_slope[:, None] * mean_slope
+    value = float(logarithm / beta - barrier * logdet(L))
+    return value, float((weight * eigenvalues).sum()), gradient, hessian
 
 
 def worst(values: Tensor, count: int) -> Tensor:

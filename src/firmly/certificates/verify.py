@@ -1,8 +1,9 @@
 """Check a certificate without trusting whoever found it.
 
-Given multipliers mu, M(rho, mu) is formed again from error-bounded symbols and shown to be positive definite on every block by
-a Cholesky factorisation, which succeeds in floating point only if the matrix, moved down by a bound of all errors, is positive
-definite in exact arithmetic (S. M. Rump, Verification of positive definiteness, BIT 46, 2006). No solver takes part.
+Given multipliers mu, M(rho, mu) is formed again from error-bounded symbols and shown to be positive definite on every
+block by a Cholesky factorisation, which succeeds in floating point only if the matrix, moved down by a bound of all
+errors, is positive definite in exact arithmetic (S. M. Rump, Verification of positive definiteness, BIT 46, 2006). No
+solver takes part.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from firmly.certificates.blocks import Blocks, sweep
 from firmly.certificates.certificate import Certificate
 from firmly.certificates.lower import as_function, measured
+from firmly.certificates.norm_bounds import NORM_BOUNDS
 from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.relax import relaxed
 from firmly.certificates.representation import make_basis
@@ -125,8 +127,8 @@ def matrix_error(part: Pencil, row_error: Tensor, output_error: Tensor, rho: flo
 def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate:
     """Check a certificate, or the file of one, against a network, without any solver; returns it if it holds.
 
-    The network is traced anew, its linear part turned into error-bounded blocks, and the inequality proved again with the
-    stored multipliers; the stored pair of inputs is run through the network. Raises `VerificationError` if the
+    The network is traced anew, its linear part turned into error-bounded blocks, and the inequality proved again with
+    the stored multipliers; the stored pair of inputs is run through the network. Raises `VerificationError` if the
     certificate belongs to other weights, or if either side of the bracket does not hold.
     """
     cert = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
@@ -148,9 +150,7 @@ def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate
 @torch.no_grad()
 def recomputed_upper(system: System, cert: Certificate) -> float:
     basis = make_basis(cert.basis, system)
-    system, _ = relaxed(system, basis)
+    blocks = sweep(relaxed(system, basis)[0], basis)
     if cert.multipliers is None:
-        from firmly.certificates.certify import NORM_BOUNDS
-
-        return NORM_BOUNDS[cert.method](system, basis)
-    return certified_gain(sweep(system, basis), cert.multipliers, cert.per_channel, cert.upper**2)
+        return NORM_BOUNDS[cert.method](blocks)
+    return certified_gain(blocks, cert.multipliers, cert.per_channel, cert.upper**2)
