@@ -103,11 +103,11 @@ def over_entries(values: Tensor, like: Tensor) -> Tensor:
 
 
 def largest(value: float | Tensor) -> float:
-    return float(torch.as_tensor(value).detach().double().max())
+    return float(torch.as_tensor(value, dtype=torch.float64).detach().max())
 
 
 def smallest(value: float | Tensor) -> float:
-    return float(torch.as_tensor(value).detach().double().min())
+    return float(torch.as_tensor(value, dtype=torch.float64).detach().min())
 
 
 def positive(name: str, value: float | Tensor, allow_zero: bool = False) -> float | Tensor:
@@ -128,4 +128,5 @@ class Zero(Prior):
         return z
 
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
+        positive("the step", step)
         return Slope(1.0, 1.0)

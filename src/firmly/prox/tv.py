@@ -103,8 +103,8 @@ def solve_dual(prior: TV, z: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor,
         u, momentum = new, grown
     certified = float((2 * gap.max() / z[0].numel()).sqrt())
     raise NotConverged(
-        f"the prox of total variation is certified to {certified:.3g} per entry after {prior.max_iterations} iterations, "
-        f"asked for {prior.accuracy:.3g}; allow more max_iterations or a larger accuracy"
+        f"the prox of total variation is certified to {certified:.3g} per entry after {prior.max_iterations} "
+        f"iterations, asked for {prior.accuracy:.3g}; allow more max_iterations or a larger accuracy"
     )
 
 
