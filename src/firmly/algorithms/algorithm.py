@@ -115,7 +115,7 @@ def convexity(prior: Prior, step: Scalar) -> Condition:
     return Condition(
         name="prior",
         text=f"{type(prior).__name__} is convex: the slopes [{low:.6g}, {high:.6g}] of its prox lie in [0, 1]",
-        holds=low >= 0 and high <= 1,
+        holds=low >= 0 and high <= 1 + 1e-12,  # priors round their slopes outward
         margin=min(low, 1 - high),
         source="Moreau 1965: the prox of g is firmly nonexpansive if g is convex",
     )
