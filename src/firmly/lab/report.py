@@ -42,8 +42,8 @@ def render(run: RunFolder) -> str:
     return template.render(
         r=results,
         methods=methods,
-        ours=methods["certified"],
-        twin=methods.get("unconstrained"),
+        ours=methods["ours"],
+        twin=methods.get("twin"),
         environment=run.environment(),
         settings=run.settings_text(),
         folder=run.path.name,
@@ -104,7 +104,7 @@ def _budget(results: dict[str, Any], width: int) -> Markup:
 
 
 def _images(results: dict[str, Any], methods: dict[str, Any], width: int) -> Markup:
-    shown = [methods[k] for k in ("measured", "tv", "certified", "unconstrained") if k in methods]
+    shown = [methods[k] for k in ("measured", "tv", "ours", "twin") if k in methods]
     series = [Line(m["name"], list(enumerate(m["per_image"]["psnr"])), m["role"]) for m in shown]
     label = "PSNR of every held-out photograph under each method"
     return dot_chart(results["images"], series, width, "dB", label)

@@ -22,16 +22,16 @@ from firmly.lab.settings import to_toml
 class RunFolder:
     """The files of one run; every file is written atomically, metrics are appended line by line.
 
-    ======================  ====================================================================
-    `settings.toml`         what was run
-    `environment.json`      experiment, preset, command, versions, machine, git commit, start
-    `metrics.jsonl`         one JSON object per event of the training
-    `weights/NAME.*`        learned weights (safetensors) and their description (JSON)
-    `checkpoints/NAME.*`    the state of an unfinished training, for resuming
-    `certificate.json`      the certificate of the run's network
-    `results.json`          the numbers of the report
-    `report.html`           the report
-    ======================  ====================================================================
+    =========================  =================================================================
+    `settings.toml`            what was run
+    `environment.json`         experiment, preset, command, versions, machine, git commit, start
+    `metrics.jsonl`            one JSON object per event of the training
+    `weights/NAME.*`           learned weights (safetensors) and their description (JSON)
+    `checkpoints/NAME.*`       the state of an unfinished training, for resuming
+    `certificate.safetensors`  the certificate of the run's network
+    `results.json`             the numbers of the report
+    `report.html`              the report
+    =========================  =================================================================
     """
 
     def __init__(self, path: Path | str):

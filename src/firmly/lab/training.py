@@ -28,8 +28,9 @@ Sampler = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # -> (measurements
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to train: AdamW with a one-cycle learning rate, `epochs` times `steps` batches.
+    """How to train: AdamW with a linear rise and a cosine fall of the learning rate, `epochs` times `steps` batches.
 
+    Parameters with at most one axis (step sizes, penalties, thresholds) learn `scalar_rate` times faster than filters.
     `averaging` in [0, 1) is the decay of an exponential average of the weights, which is what is validated and kept
     (0: the weights themselves). `patience` is the number of epochs without improvement after which training stops
     (0: never).
@@ -38,6 +39,7 @@ class Plan:
     epochs: int = 10
     steps: int = 100
     learning_rate: float = 1e-3
+    scalar_rate: float = 1.0
     weight_decay: float = 0.0
     averaging: float = 0.0
     patience: int = 0
@@ -47,9 +49,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1 and self.steps >= 1, f"epochs, steps >= 1; given {self.epochs}, {self.steps}")
-        require(self.learning_rate > 0, f"the learning rate is positive; given {self.learning_rate}")
+        for name in ("learning_rate", "scalar_rate", "clip"):
+            require(getattr(self, name) > 0, f"{name} is positive; given {getattr(self, name)}")
         require(0 <= self.averaging < 1, f"averaging lies in [0, 1); given {self.averaging}")
-        require(self.clip > 0, f"clip, the largest norm of a gradient, is positive; given {self.clip}")
 
 
 class Outcome(NamedTuple):
@@ -103,14 +105,11 @@ def train(
     return Outcome(status, state.history, state.seconds())
 
 
-def one_cycle(progress: float) -> float:
-    """Relative learning rate at `progress` in [0, 1]: a rise from 1/25 over three tenths, then a cosine to 1e-3.
-
-    Source: Smith and Topin, Super-convergence, 2019 (with the cosine descent usual since).
-    """
-    if progress < 0.3:
-        return 0.04 + 0.96 * progress / 0.3
-    return 1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * (progress - 0.3) / 0.7))
+def rise_and_fall(progress: float) -> float:
+    """Relative learning rate at `progress` in (0, 1]: a linear rise over the first tenth, then a cosine down to 0.003."""
+    if progress < 0.1:
+        return progress / 0.1
+    return max(0.003, 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)))
 
 
 class _State:
@@ -119,8 +118,14 @@ class _State:
     def __init__(self, network: nn.Module, plan: Plan, engine: Engine):
         self.plan, self.engine = plan, engine
         self.network = network.to(engine.device)
+        filters = [p for p in network.parameters() if p.dim() > 1]
+        scalars = [p for p in network.parameters() if p.dim() <= 1]
+        self.groups = [(filters, plan.learning_rate), (scalars, plan.learning_rate * plan.scalar_rate)]
+        self.groups = [(parameters, rate) for parameters, rate in self.groups if parameters]
         self.optimiser = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad], plan.learning_rate, weight_decay=plan.weight_decay
+            [{"params": parameters} for parameters, _ in self.groups],
+            betas=(0.9, 0.99),  # a short memory of squares: training is short
+            weight_decay=plan.weight_decay,
         )
         self.forward = engine.setup(network, self.optimiser)
         self.generator = torch.Generator().manual_seed(plan.seed * 1000 + engine.rank)
@@ -137,8 +142,9 @@ class _State:
         callback: Callable[[dict[str, Any]], None] | None,
     ) -> float:
         position = self.optimiser_steps()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.plan.learning_rate * one_cycle(position / (self.plan.epochs * self.plan.steps))
+        relative = rise_and_fall((position + 1) / (self.plan.epochs * self.plan.steps))
+        for group, (_, rate) in zip(self.optimiser.param_groups, self.groups):
+            group["lr"] = rate * relative
         y, x = (t.to(self.engine.device) for t in sample(self.generator))
         with self.engine.autocast():
             error = (self.forward(y) - x).abs().square().mean()

@@ -1,0 +1,73 @@
+"""Training inside a stability budget: a penalty on the differentiable bound, and a repair that ends below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from firmly.certificates import Certificate, bound, certify, solved_multipliers
+from firmly.errors import NotCertifiable
+
+
+class BudgetPenalty:
+    """weight * max(0, log(bound / (share * budget))): zero inside the budget, with a gradient to the weights outside.
+
+    The multipliers of the bound are solved for every `refresh` calls and kept fixed in between, which leaves it an upper
+    bound (and its gradient nearly that of the best one).
+    """
+
+    def __init__(self, budget: float, weight: float = 0.02, share: float = 0.97, refresh: int = 20):
+        self.target, self.weight, self.refresh = share * budget, weight, refresh
+        self.multipliers: Tensor | None = None
+        self.calls = 0
+
+    def __call__(self, network: nn.Module) -> Tensor:
+        value = self.bound(network, fresh=self.calls % self.refresh == 0)
+        if not value.isfinite():
+            value = self.bound(network, fresh=True)
+        self.calls += 1
+        return self.weight * torch.relu(torch.log(value / self.target))
+
+    def bound(self, network: nn.Module, fresh: bool) -> Tensor:
+        if fresh or self.multipliers is None:
+            self.multipliers = solved_multipliers(network, start=self.multipliers)
+        return bound(network, multipliers=self.multipliers)
+
+
+def repair(
+    network: nn.Module,
+    budget: float,
+    callback: Callable[[float], None] | None = None,
+    rate: float = 2e-3,
+    max_steps: int = 400,
+) -> Certificate:
+    """Descend on the logarithm of the bound until `certify` proves that it is within the budget; returns that proof.
+
+    Weights move only as far as the budget asks. Raises `NotCertifiable` if `max_steps` steps do not get there.
+    """
+    penalty = BudgetPenalty(budget, weight=1.0, share=1.0, refresh=5)
+    optimiser = torch.optim.Adam(network.parameters(), rate)
+    share = 0.9995
+    for _ in range(max_steps):
+        value = penalty.bound(network, fresh=False)
+        if not value.isfinite() or value <= share * budget:
+            value = penalty.bound(network, fresh=True)
+        if callback is not None:
+            callback(float(value.detach()))
+        if value <= share * budget:
+            certificate = certify(network)
+            if certificate.upper <= budget:
+                return certificate
+            share *= 0.999
+            continue
+        optimiser.zero_grad(set_to_none=True)
+        torch.log(value).backward()
+        optimiser.step()
+    raise NotCertifiable(
+        f"the bound could not be brought below the budget of {budget:g} in {max_steps} steps (it is {float(value):.4g}): "
+        "raise budget_epochs or the budget"
+    )
+
+

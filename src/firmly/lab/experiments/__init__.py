@@ -1,0 +1,23 @@
+"""The experiments that `firmly run` knows."""
+
+from __future__ import annotations
+
+from firmly.errors import SettingsError
+from firmly.lab.experiments import deblur, denoise, inpaint, mri
+from firmly.lab.reconstruction import Experiment
+from firmly.lab.settings import nearest
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    deblur.EXPERIMENT,
+    denoise.EXPERIMENT,
+    inpaint.EXPERIMENT,
+    mri.EXPERIMENT,
+)
+
+
+def find(name: str) -> Experiment:
+    """The experiment of this name; `SettingsError` with the nearest names if there is none."""
+    known = {e.name: e for e in EXPERIMENTS}
+    if name not in known:
+        raise SettingsError(f"there is no experiment {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return known[name]
