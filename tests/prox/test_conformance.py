@@ -168,7 +168,7 @@ class TestPrior:
             torch.testing.assert_close(both, z, rtol=0, atol=1e-12)
 
     def test_fenchel_young(self, case: Case, dtype: torch.dtype):
-        """u = z - prox(z) is a subgradient at p = prox(z): g(x) >= g(p) + <u, x - p> for all x (brute-force conjugate)."""
+        """u = z - p is a subgradient at p = prox(z): g(x) >= g(p) + <u, x - p> for all x, a brute-force conjugate."""
         if not case.convex:
             pytest.skip("not convex")
         prior = case.make().double()

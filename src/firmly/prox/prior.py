@@ -29,9 +29,10 @@ class Prior(nn.Module):
     """A function g with g.prox(z, t) = argmin_x 1/2 |x - z|^2 + t g(x).
 
     A subclass gives `value` and `_prox`. A convex g has a firmly nonexpansive prox, slope (0, 1); a subclass whose
-    prox is smoother (`low > 0`, strongly convex) or steeper (`high > 1`, weakly convex) overrides `slope_at`.
-    `structure` says on which pieces the prox acts independently: every entry ("separable"), groups of channels at one
-    pixel ("group"), or not at all ("whole"). `real_only` priors refuse complex data.
+    prox is smoother (`low > 0` or `high < 1`) or steeper (`high > 1`, weakly convex) overrides `slope_at`.
+    `structure` says on which pieces the prox acts independently: every entry ("separable", or "channel" where the
+    entries of a channel share one function), the channels of one pixel ("group"), or the whole sample ("whole").
+    `real_only` priors refuse complex data.
     """
 
     structure: Structure = "separable"

@@ -51,9 +51,7 @@ class Ridge(nn.Module):
     def slope(self) -> Slope:
         """The slope interval (low, 1) of R in gradient = S R(S x), with S = gain(spatial)."""
         low, high = self.activation.low, self.activation.high
-        if low < 0:
-            return Slope(low / high, 1.0) if high > 0 else Slope(-1.0, 1.0)
-        return Slope(0.0, 1.0)
+        return Slope(Slope.outward(low / high, 1.0).low if high > 0 else -1.0, 1.0)
 
     def kappa(self) -> Tensor:
         """A certified, differentiable bound of sum_i h_i |k_i(f)|^2 over all frequencies f, for the filters used."""
