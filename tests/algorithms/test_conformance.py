@@ -1,20 +1,67 @@
-"""What every algorithm has to do; a new one joins by one line in problems.CASES."""
+"""What every algorithm has to do: a new one joins by one line in CASES, on which solve and unroll are tested too."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from firmly import unroll
-from firmly.algorithms import ForwardBackward
+from firmly.algorithms import (
+    Admm,
+    Algorithm,
+    ChambollePock,
+    CondatVu,
+    DouglasRachford,
+    DualForwardBackward,
+    Fista,
+    ForwardBackward,
+    HeavyBall,
+    Hqs,
+    Tikhonov,
+)
 from firmly.algorithms.algorithm import check, number
 from firmly.certificates.signal import trace
 from firmly.errors import ConditionError
-from firmly.prox import MCP
+from firmly.prox import L1, MCP
 
-from .problems import CASES, blur, data
+from .problems import blur, data, edges, ridge
+
+
+class Case(NamedTuple):
+    """An algorithm to be tested: `make(**changes)` builds it; `scalars` are its step sizes with admissible values."""
+
+    name: str
+    make: Callable[..., Algorithm]
+    scalars: dict[str, float]
+
+
+CASES = [
+    Case("ForwardBackward", lambda **c: ForwardBackward(blur(), L1(0.1), **c), {"step_size": 0.7}),
+    Case("ForwardBackward+ridge", lambda **c: ForwardBackward(blur(), L1(0.1), ridge=ridge(), **c), {"step_size": 0.3}),
+    Case("Fista", lambda **c: Fista(blur(), L1(0.1), restart=30, **c), {"step_size": 0.7}),
+    Case("HeavyBall", lambda **c: HeavyBall(blur(), ridge(), **c), {"step_size": 0.2, "momentum": 0.3}),
+    Case(
+        "HeavyBall+Tikhonov",
+        lambda **c: HeavyBall(blur(), Tikhonov(edges()), **c),
+        {"step_size": 0.1, "momentum": 0.3},
+    ),
+    Case("Hqs", lambda **c: Hqs(blur(), L1(0.1), **c), {"penalty": 0.7}),
+    Case("Hqs+ridge", lambda **c: Hqs(blur(), ridge=ridge(), **c), {"penalty": 0.7}),
+    Case("DouglasRachford", lambda **c: DouglasRachford(blur(), L1(0.1), **c), {"step_size": 2.0, "relaxation": 1.5}),
+    Case("Admm", lambda **c: Admm(blur(), L1(0.1), **c), {"penalty": 0.7}),
+    Case("Admm+K", lambda **c: Admm(blur(), L1(0.1), K=edges(), **c), {"penalty": 0.7}),
+    Case(
+        "ChambollePock",
+        lambda **c: ChambollePock(blur(), L1(0.1), edges(), **c),
+        {"step_size": 0.5, "dual_step": 0.2},
+    ),
+    Case("CondatVu", lambda **c: CondatVu(blur(), L1(0.1), edges(), **c), {"step_size": 0.5, "dual_step": 0.1}),
+    Case("DualForwardBackward", lambda **c: DualForwardBackward(edges(), L1(0.1), **c), {"step_size": 0.2}),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from firmly import solve
-from firmly.algorithms import Admm, ChambollePock, CondatVu, DouglasRachford, ForwardBackward, Hqs
-from firmly.linear import Dense, FourierSampling, Gradient, Mask
+from firmly.algorithms import (
+    Admm,
+    Algorithm,
+    ChambollePock,
+    CondatVu,
+    DouglasRachford,
+    DualForwardBackward,
+    Fista,
+    ForwardBackward,
+    HeavyBall,
+    Hqs,
+)
+from firmly.linear import Dense, FourierSampling, Gradient, Identity, Mask
 from firmly.prox import L1, GroupL1, Huber, NonNegative, Slope, Zero
 
-from .problems import SAME_PROBLEM, blur, data
+from .problems import SHAPE, blur, data, edges, ridge
+
+SAME_PROBLEM: dict[str, list[Callable[[], Algorithm]]] = {
+    "deconvolution with an l1 prior": [
+        lambda: ForwardBackward(blur(), L1(0.1)),
+        lambda: ForwardBackward(blur(), L1(0.1), step_size=1.9),
+        lambda: Fista(blur(), L1(0.1), restart=30),
+        lambda: Fista(blur(), L1(0.1)),
+        lambda: DouglasRachford(blur(), L1(0.1), step_size=5.0, relaxation=1.7),
+        lambda: Admm(blur(), L1(0.1), penalty=0.2),
+        lambda: Admm(blur(), L1(0.1), penalty=0.2, K=Identity(SHAPE)),
+        lambda: ChambollePock(blur(), L1(0.1), Identity(SHAPE), step_size=4.0),
+        lambda: CondatVu(blur(), L1(0.1), Identity(SHAPE)),
+        lambda: CondatVu(blur(), Zero(), Identity(SHAPE), constraint=L1(0.1)),
+    ],
+    "deconvolution with anisotropic total variation": [
+        lambda: ChambollePock(blur(), L1(0.1), edges()),
+        lambda: CondatVu(blur(), L1(0.1), edges()),
+        lambda: Admm(blur(), L1(0.1), K=edges(), penalty=0.3),
+    ],
+    "denoising with anisotropic total variation": [
+        lambda: DualForwardBackward(edges(), L1(0.1)),
+        lambda: ChambollePock(Identity(SHAPE), L1(0.1), edges()),
+        lambda: CondatVu(Identity(SHAPE), L1(0.1), edges()),
+        lambda: Admm(Identity(SHAPE), L1(0.1), K=edges()),
+    ],
+    "deconvolution with a learned ridge": [
+        lambda: ForwardBackward(blur(), Zero(), ridge=ridge()),
+        lambda: Fista(blur(), Zero(), ridge=ridge(), restart=30),
+        lambda: HeavyBall(blur(), ridge()),
+        lambda: Hqs(blur(), ridge=ridge()),
+        lambda: CondatVu(blur(), Zero(), Identity(SHAPE), ridge=ridge()),
+    ],
+}
 
 
 @pytest.mark.parametrize("problem", SAME_PROBLEM)

@@ -14,7 +14,8 @@ from firmly.errors import ConditionError, DataError, SettingsError, ShapeError
 from firmly.fixedpoint import Status
 from firmly.prox import L1
 
-from ..algorithms.problems import CASES, blur, data
+from ..algorithms.problems import blur, data
+from ..algorithms.test_conformance import CASES
 
 
 def algorithm(**changes) -> ForwardBackward:

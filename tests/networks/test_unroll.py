@@ -14,7 +14,8 @@ from firmly.algorithms.algorithm import check, number
 from firmly.errors import ConditionError, SettingsError, ShapeError
 from firmly.prox import L1, NonNegative
 
-from ..algorithms.problems import CASES, SHAPE, blur, data, edges, ridge
+from ..algorithms.problems import SHAPE, blur, data, edges, ridge
+from ..algorithms.test_conformance import CASES
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from firmly.algorithms.algorithm import Algorithm, Condition, Scalar, convexity, positive
+from firmly.algorithms.algorithm import Algorithm, Condition, Rule, Scalar, convexity, positive, positive_rule
 from firmly.algorithms.certified import norm
 from firmly.algorithms.quadratic import data_prox
 from firmly.linear.map import LinearMap
@@ -64,6 +65,9 @@ class Admm(Algorithm):
 
     def read(self, state: AdmmState) -> Tensor:
         return state.z if self.K is None else state.x
+
+    def rule(self, name: str, free: Sequence[str] = ()) -> Rule:
+        return positive_rule("penalty > 0", "Boyd et al. 2011, section 3.2.1")
 
     def conditions(self) -> list[Condition]:
         return [*super().conditions(), *self._metric_condition(), convexity(self.prior, 1.0 / self.penalty)]

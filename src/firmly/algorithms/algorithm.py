@@ -71,8 +71,11 @@ class Algorithm(nn.Module):
         raise NotImplementedError
 
     def rule(self, name: str, free: Sequence[str] = ()) -> Rule:
-        """The interval for the scalar `name`, given all other scalars but those in `free`, which adapt to it."""
-        return positive_rule("any positive number", "the map is an averaged operator for every positive value")
+        """The interval for the scalar `name`, given all other scalars but those in `free`, which adapt to it.
+
+        Written for every scalar in `learnable`: `conditions` tests it, and `unroll` keeps what is learned inside.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can learn {name!r} but gives no rule for it")
 
     def scalars(self) -> tuple[str, ...]:
         """The learnable names that are numbers."""

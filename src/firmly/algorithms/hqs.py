@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from firmly.algorithms.algorithm import Algorithm, Condition, Scalar, convexity, number, positive
+from firmly.algorithms.algorithm import Algorithm, Condition, Rule, Scalar, convexity, number, positive, positive_rule
 from firmly.algorithms.quadratic import data_prox
 from firmly.algorithms.smooth import SmoothTerm, convex_term
 from firmly.errors import ConditionError
@@ -56,6 +57,9 @@ class Hqs(Algorithm):
 
     def read(self, state: HqsState) -> Tensor:
         return state.x
+
+    def rule(self, name: str, free: Sequence[str] = ()) -> Rule:
+        return positive_rule("penalty > 0", "Combettes and Wajs 2005, theorem 3.4")
 
     def conditions(self) -> list[Condition]:
         if self.prior is not None:
