@@ -14,6 +14,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
+ACCENT = re.compile(r"(\\(?:tilde|hat|bar|widehat)\{[^{}]*\})(?=[_^])")
 DELIMITER = re.compile(r"<mo(?: [^>]*>([|])|[^>]*>([‖⟨⟩]))</mo>")
 
 
@@ -23,6 +24,7 @@ def mathml(latex: str, block: bool) -> str:
         environment = pick_math_environment(latex)
         wrapped = "aligned" if "align" in environment and "\\begin" not in latex else None
         latex = f"\\begin{{{wrapped}}}{latex}\\end{{{wrapped}}}" if wrapped else latex
+    latex = ACCENT.sub(r"\1{}", latex)  # else an index would be set below the letter, as a limit
     try:
         element = latex2mathml.tex2mathml(latex, as_block=block)
     except MathError as error:
