@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from firmly import unroll
 from firmly.algorithms import ChambollePock, DualForwardBackward, ForwardBackward, Hqs
 from firmly.algorithms.algorithm import check, number
+from firmly.certificates.signal import trace
 from firmly.errors import ConditionError, SettingsError, ShapeError
 from firmly.prox import L1, NonNegative
 
@@ -112,6 +113,13 @@ def test_checkpointing_gives_equal_gradients(make, every):
         network(y).square().sum().backward()
     for a, b in zip(plain.parameters(), light.parameters(), strict=True):
         assert a.grad is not None and torch.equal(a.grad, b.grad)
+
+
+def test_checkpointing_does_not_stand_in_the_way_of_a_trace():
+    network = unroll(ForwardBackward(blur(), L1(0.01)), depth=4, checkpoint=2)
+    for wrt in (["data"], ["start"]):
+        plain = trace(unroll(ForwardBackward(blur(), L1(0.01)), depth=4), network.inputs, wrt, keep_gradients=True)
+        assert len(trace(network, network.inputs, wrt, keep_gradients=True).nodes) == len(plain.nodes)
 
 
 def test_depth_of_hundreds_keeps_few_states():

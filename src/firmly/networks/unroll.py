@@ -43,7 +43,8 @@ class Unrolled(nn.Module):
                 raise ShapeError(f"the {name} has shape {tuple(tensor.shape)}, this network takes ({expected})")
         depth = len(self.layers)
         state = self.layers[0].start(y, start)
-        recomputed = self.checkpoint > 0 and isinstance(y, Tensor) and torch.is_grad_enabled()
+        traced = not all(isinstance(part, Tensor) for part in (y, *state))
+        recomputed = self.checkpoint > 0 and torch.is_grad_enabled() and not traced
         for first in range(0, depth, self.checkpoint or depth):
             last = min(first + (self.checkpoint or depth), depth)
             if recomputed:
