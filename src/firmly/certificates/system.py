@@ -144,7 +144,7 @@ def map_fingerprint(linear_map: LinearMap) -> bytes:
         for key, value in sorted(vars(module).items()):
             if isinstance(value, Tensor):
                 digest.update(key.encode() + tensor_bytes(value))
-            elif isinstance(value, (int, float, str, tuple)) and not key.startswith("_"):
+            elif isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key != "training":
                 digest.update(f"{key}={value!r}".encode())
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             digest.update(key.encode() + tensor_bytes(value))
