@@ -179,17 +179,29 @@ def test_constant_images_pass_where_the_mean_is_zero():
     torch.testing.assert_close(ridge.gradient(x + 3), ridge.gradient(x))
     symbol = ridge.gain((6, 6)).symbol(FourierBasis((6, 6)))
     assert symbol.value[0].item() <= 1e-5  # with its error: the exact value is 0
+    assert symbol.error is not None
     assert symbol.value[0].item() <= symbol.error[0].item()
 
 
 def test_weak_convexity_is_seen_through_the_weights():
     ridge = random_ridge(low=-0.3)
-    low, high = ridge.slope
+    low = ridge.slope.low
     assert low == pytest.approx(-0.25)
     lowest, highest = ridge.activation.interval()
     weight = ridge._weights()
     assert (lowest >= low * weight - 1e-15).all()
     assert (highest <= weight).all()
+
+
+def test_filters_that_vanish():
+    ridge = Ridge(torch.zeros(2, 1, 3, 3), Clip(2, 0.1), cap=1.0)
+    symbol = ridge.gain((4, 4)).symbol(FourierBasis((4, 4)))
+    symbol.value.sum().backward()
+    assert symbol.error is not None
+    assert symbol.value.abs().max() < 1e-99
+    assert symbol.error.max() < 1e-99
+    assert ridge.kernel.grad is not None
+    assert torch.isfinite(ridge.kernel.grad).all()
 
 
 def test_dct_filters_are_orthonormal():

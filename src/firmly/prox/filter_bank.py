@@ -50,7 +50,8 @@ def power(kernel: Tensor, weight: Tensor, sizes: Sequence[int], half: bool) -> t
     weighted = channels * weight.reshape(1, -1, *[1] * len(degrees))
     correlation = _CORRELATE[len(degrees)](channels, weighted, padding=degrees)[0]
     size = (weight * channels[0].abs().flatten(1).sum(1) ** 2).sum()  # bounds the power at every frequency
-    return response(correlation, sizes, [-n for n in degrees], half)[0].real, (rounding(kernel) * size).detach()
+    error = rounding(kernel) * size.detach() + 1e-200  # never 0, also for filters that vanish
+    return response(correlation, sizes, [-n for n in degrees], half)[0].real, error
 
 
 def rounding(kernel: Tensor) -> float:

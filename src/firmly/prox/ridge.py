@@ -26,7 +26,7 @@ class Ridge(nn.Module):
     With h_i >= high_i and one multiplier for all channels, the gradient p = sum_i K_i^T phi_i(K_i x) satisfies exactly
     the constraints of p = S R(S x), where S is the shift-invariant map with symbol sqrt(sum_i h_i |k_i(f)|^2) (`gain`)
     and R has slopes in the interval `slope` (derived in the theory notes, 'C channels cost nothing').
-    So the Lipschitz constant of p is at most `kappa()`, for images of every size.
+    So the slopes of p lie in [slope.low kappa(), kappa()], for images of every size.
 
     `cap`: the filters used are K / sqrt(max(1, kappa / cap)), so that `kappa() <= cap` by construction; x - p is
     nonexpansive for a convex r and cap <= 2. None leaves the filters free.
