@@ -1,0 +1,75 @@
+"""Find a network from what a user names: a run folder, a file of weights in one, or `module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from firmly.errors import DataError, SettingsError, StorageError
+from firmly.lab.experiments import find
+from firmly.lab.reconstruction import Experiment, ReconstructionSettings
+from firmly.lab.run_folder import RunFolder
+from firmly.lab.settings import from_toml
+from firmly.lab.weights import load_weights
+
+
+class FromRun(NamedTuple):
+    """The experiment and the settings of a run."""
+
+    experiment: Experiment
+    settings: ReconstructionSettings
+
+
+def read_run(run: RunFolder) -> FromRun:
+    """What a run folder says that it is."""
+    experiment = find(run.environment()["experiment"])
+    return FromRun(experiment, from_toml(type(experiment.presets["default"]), run.settings_text()))
+
+
+def load_model(name: str) -> tuple[nn.Module, FromRun | None]:
+    """The network called `name`, and the run that it comes from if there is one."""
+    path = Path(name)
+    if path.is_dir():
+        return load_weights_file(path / f"weights/{RunFolder(path).read_json('results.json')['main']}.safetensors")
+    if path.suffix == ".safetensors":
+        return load_weights_file(path)
+    if ":" in name:
+        return from_factory(name), None
+    raise StorageError(
+        f"there is no model {name!r}: give a run folder, a file of weights (RUN/weights/NAME.safetensors), or "
+        "module:factory"
+    )
+
+
+def load_weights_file(path: Path) -> tuple[nn.Module, FromRun]:
+    """The network of a file of weights that lies in its run folder."""
+    try:
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        constrained, size = description["constrained"], description["size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} has no readable description {path.with_suffix('.json').name} beside it") from error
+    origin = read_run(RunFolder(path.parent.parent))
+    network = origin.experiment.network(origin.settings, size, origin.settings.cap if constrained else None)
+    load_weights(path, network)
+    return network.eval(), origin
+
+
+def from_factory(name: str) -> nn.Module:
+    """The module that `module:factory` returns when called without arguments; the working folder is searched too."""
+    module_name, _, factory = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), factory)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"cannot import {name}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    network = made if isinstance(made, nn.Module) else made()
+    if not isinstance(network, nn.Module):
+        raise SettingsError(f"{name} gave {type(network).__name__}, expected a torch.nn.Module")
+    return network.eval()
