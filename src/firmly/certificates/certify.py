@@ -107,7 +107,7 @@ def spectral_bound(blocks: Blocks, per_channel: bool, tolerance: float, budget_s
     family = pencil(blocks, per_channel)
     result = minimise_rho(family, tolerance, budget_s)
     note = f"{len(family)} blocks of width {family.width}, {family.multipliers} multipliers, {result.cuts} cuts"
-    interior = causal_multipliers(family)
+    interior = causal_multipliers(family) if family.multipliers else result.mu
     for share in (0.0, 1e-9, 1e-7, 1e-5, 1e-3, 1e-1):  # an optimum on the boundary is not proved; a point inside is
         mu = (1 - share) * result.mu + share * interior
         value = certified_gain(blocks, mu, per_channel)

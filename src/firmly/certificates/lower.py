@@ -140,9 +140,8 @@ def lower_bound(
     origin = torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)]
-    if len(names) == 1:
-        waves = regime_directions(choice, blocks, is_complex)
-        directions += [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
+    waves = regime_directions(choice, blocks, is_complex)
+    directions += [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
     trials = []
     output = run(origin)
     for direction in directions:
@@ -175,17 +174,13 @@ def regime_directions(choice: BasisChoice, blocks: Blocks, is_complex: bool) -> 
         if choice.name == "dense":
             found.append(direction)
             continue
-        channels = len(direction)
-        spectrum = torch.zeros(channels, *choice.spatial, dtype=torch.complex128)
         last = choice.spatial[-1] if is_complex else choice.spatial[-1] // 2 + 1
         place = torch.unravel_index(torch.tensor(index), (*choice.spatial[:-1], last))
+        spectrum = torch.zeros(len(direction), *choice.spatial, dtype=torch.complex128)
         spectrum[(slice(None), *place)] = direction.to(torch.complex128)
         wave = torch.fft.ifftn(spectrum, dim=tuple(range(1, spectrum.dim())))
-        if is_complex:
-            found += [wave, spectrum]
-        else:
-            found += [part for part in (wave.real, wave.imag) if float(part.norm()) > 1e-3 * float(wave.norm())]
-    return found
+        found += [wave, spectrum] if is_complex else [wave.real, wave.imag]
+    return [wave for wave in found if float(wave.norm()) > 0]
 
 
 def worst_direction(family: Pencil, slopes: Tensor) -> tuple[int, Tensor]:

@@ -36,6 +36,10 @@ def minimise_rho(
     pencil: Pencil, tolerance: float = 1e-4, budget_s: float = 60.0, start: Tensor | None = None
 ) -> SpectralResult:
     """The smallest certified rho = (Lipschitz bound)^2, to a relative tolerance or until the time budget is spent."""
+    if pencil.multipliers == 0:  # a linear network
+        mu = torch.zeros(0, dtype=torch.float64)
+        rho = float(pencil.required(mu).max())
+        return SpectralResult(rho, rho, mu, 0, 0)
     deadline = time.monotonic() + budget_s
     search = pencil.select(representatives(pencil))
     mu = causal_multipliers(pencil) if start is None else start
@@ -43,8 +47,8 @@ def minimise_rho(
     if not bool(values.isfinite().all()) and start is not None:
         return minimise_rho(pencil, tolerance, budget_s)
     rho = float(values.max())
-    if not math.isfinite(rho) or pencil.multipliers == 0:
-        return SpectralResult(rho, rho, mu, 0, 0)
+    if not math.isfinite(rho):
+        return SpectralResult(rho, 0.0, mu, 0, 0)
     working = torch.unique(torch.cat([spread(len(search), 64), worst(values, 64)]))
     relaxed, rounds = 0.0, 0
     while time.monotonic() < deadline:
