@@ -83,6 +83,15 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+def test_every_command_is_described():
+    from firmly.cli import app
+
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert names
+    assert [name for name in names if f"| `firmly {name}" not in page] == []
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
 def test_example_runs(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -14,14 +15,15 @@ import firmly
 LIGHT_ROOMS = ("linear", "prox", "algorithms", "fixedpoint", "networks", "certificates")
 
 
-def modules_after(statement: str) -> set[str]:
+@functools.cache
+def modules_after(statement: str) -> frozenset[str]:
     """Top-level modules in a fresh interpreter after the statement."""
     program = f"{statement}\nimport sys, json; print(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return frozenset(json.loads(done.stdout.splitlines()[-1]))
 
 
-def foreign(modules: set[str]) -> set[str]:
+def foreign(modules: frozenset[str]) -> frozenset[str]:
     return modules - set(sys.stdlib_module_names) - {"firmly"}
 
 
