@@ -46,11 +46,13 @@ def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
     rows: list[Symbol] = []
     coordinates = Coordinates()
     width = 0
+    for node in system.inputs:  # their columns come first, wherever they stand in the graph
+        inputs.append(slice(width, width + basis.channels(node.shape)))
+        width = inputs[-1].stop
+    sources = iter(inputs)
     for node in system.nodes:
         if isinstance(node, Input):
-            inputs.append(slice(width, width + basis.channels(node.shape)))
-            width = inputs[-1].stop
-            values.append(unit(basis, inputs[-1]))
+            values.append(unit(basis, next(sources)))
             coordinates.add(None)
         elif isinstance(node, Linear):
             symbol = node.map.symbol(basis)
