@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,11 @@ class Term:
     value: int  # a node of the new system; -1 - k stands for hidden input k of the old one
     slope: Slope | None = None
     inner: LinearMap | None = None
+    origin: int = -1  # the node of R in the old system
+
+    def path(self) -> tuple[int, ...]:
+        """What leads from the value to this term, so that one value is one block and two values are two."""
+        return id(self.inner), self.origin, id(self.map)
 
 
 class Relaxation:
@@ -63,7 +68,7 @@ class Relaxation:
         self.relaxed: list[str] = []
         self._hidden: dict[tuple[int, int], int] = {}
         self._direct: dict[int, bool] = {}
-        self._blocks: dict[tuple, int] = {}
+        self._blocks: dict[tuple[int, ...], int] = {}
 
     def run(self) -> System:
         for index, node in enumerate(self.old.nodes):
@@ -74,7 +79,7 @@ class Relaxation:
             elif isinstance(node, Sum):
                 self.values.append(self.sum(node))
             else:
-                self.values.append(self.nonlinear(node))
+                self.values.append(self.nonlinear(index, node))
         self.new.output = self.realised(self.values[self.old.output], self.old.nodes[self.old.output].shape)
         self.scale_hidden_inputs()
         return self.new.pruned()
@@ -105,16 +110,16 @@ class Relaxation:
         terms: list[Term] = []
         for coefficient, value in values:
             for term in [Term(1.0, None, value)] if isinstance(value, int) else value:
-                terms.append(Term(coefficient * term.coefficient, term.map, term.value, term.slope, term.inner))
+                terms.append(replace(term, coefficient=coefficient * term.coefficient))
         return terms
 
-    def nonlinear(self, node: Nonlinear) -> int | list[Term]:
+    def nonlinear(self, index: int, node: Nonlinear) -> int | list[Term]:
         value = self.values[node.parent]
         slope = Slope(float(node.slope.low), float(node.slope.high))
         if isinstance(value, list) and len(value) == 1 and value[0].map is not None and value[0].slope is None:
             only = value[0]
             if slope.low >= 0 and float(only.coefficient) == 1.0 and only.value >= 0:
-                return [Term(1.0, None, only.value, slope, only.map)]
+                return [Term(1.0, None, only.value, slope, only.map, index)]
         parent = self.realised(value, self.old.nodes[node.parent].shape)
         return self.new.append(Nonlinear(parent, node.slope, node.structure, node.where, node.shape))
 
@@ -130,14 +135,16 @@ class Relaxation:
         if term.slope is not None:  # node.map(map?(R(inner(x))))
             inner, high = term.inner, term.slope.high
             if inner is not None and term.map is None and node.map.T is inner:
-                return self.block(term.value, Slope(0.0, high * inner.norm().upper ** 2), inner, shape)
+                slope = Slope.outward(0.0, high * inner.norm().upper ** 2)
+                return self.block(term.value, slope, inner, shape, (*term.path(), id(node.map)))
             return self.gain_of(node.map, self.realised([unit(term)], self.codomain_of(term)), shape)
         if term.map is None:
             return self.gain_of(node.map, term.value, shape)
         if node.map.T is term.map:
-            return self.block(term.value, Slope(0.0, term.map.norm().upper ** 2), term.map, shape)
+            slope = Slope.outward(0.0, term.map.norm().upper ** 2)
+            return self.block(term.value, slope, term.map, shape, (*term.path(), id(node.map)))
         size = node.map.norm().upper * term.map.norm().upper
-        return self.block(term.value, Slope(-size, size), node.map, shape)
+        return self.block(term.value, ball(size), node.map, shape, (*term.path(), id(node.map)))
 
     def realised(self, value: int | list[Term], shape: Sequence[int]) -> int:
         """A value as one node; pending maps become blocks of bounded norm."""
@@ -154,7 +161,7 @@ class Relaxation:
         if term.slope is not None:
             size = max(abs(term.slope.low), abs(term.slope.high)) * (term.inner.norm().upper if term.inner else 1.0)
             size *= term.map.norm().upper if term.map is not None else 1.0
-            return self.block(term.value, Slope(-size, size), term.inner or term.map, shape)
+            return self.block(term.value, ball(size), term.inner or term.map, shape, term.path())
         return term.value if term.map is None else self.gain_of(term.map, term.value, shape)
 
     def gain_of(self, linear_map: LinearMap, parent: int, shape: tuple[int, ...]) -> int:
@@ -163,16 +170,19 @@ class Relaxation:
             return self.new.append(Linear(linear_map, parent, shape))
         if isinstance(linear_map, Diagonal) and not linear_map.is_complex:
             weight = linear_map.weight.double()
-            return self.block(parent, Slope(float(weight.min()), float(weight.max())), linear_map, shape)
-        size = linear_map.norm().upper
-        return self.block(parent, Slope(-size, size), linear_map, shape)
+            slope = Slope(float(weight.min()), float(weight.max()))
+            return self.block(parent, slope, linear_map, shape, (id(linear_map),))
+        return self.block(parent, ball(linear_map.norm().upper), linear_map, shape, (id(linear_map),))
 
-    def block(self, parent: int, slope: Slope, reason: LinearMap | None, shape: tuple[int, ...]) -> int:
+    def block(
+        self, parent: int, slope: Slope, reason: LinearMap | None, shape: tuple[int, ...], path: tuple[int, ...]
+    ) -> int:
+        """The node for what `path` leads to from `parent`; the same path gives the same node."""
         if not math.isfinite(slope.high):
             raise NotCertifiable(f"no certified norm is known for {reason}")
         if not self.has_coordinates(shape):
             raise NotDiagonal(f"a value of shape {shape} has no coordinates in the {self.basis.name} basis")
-        key = (parent, slope, shape, id(reason))
+        key = (parent, *path)
         if key not in self._blocks:
             name = type(reason).__name__
             self.relaxed.append(f"{name} known only by slopes in [{slope.low:.4g}, {slope.high:.4g}]")
@@ -225,8 +235,13 @@ class Relaxation:
         return term.inner.codomain if term.inner is not None else self.new.nodes[term.value].shape
 
 
+def ball(size: float) -> Slope:
+    """|v| <= size |z|, for a size that is a product of a few rounded numbers."""
+    return Slope.outward(-size, size)
+
+
 def unit(term: Term) -> Term:
-    return Term(1.0, term.map, term.value, term.slope, term.inner)
+    return replace(term, coefficient=1.0)
 
 
 def relaxed(system: System, basis: Basis) -> tuple[System, list[str]]:
