@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from firmly.certificates.blocks import Blocks
 from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.representation import BasisChoice
+from firmly.certificates.signal import arguments
 from firmly.errors import DataError
 
 Network = Callable[[Tensor], Tensor]
@@ -90,11 +91,13 @@ def measured(net: Network, y: Tensor, d: Tensor, origin: Tensor | None = None) -
 
 
 def as_function(net: nn.Module, inputs: Mapping[str, Sequence[int]], names: Sequence[str], is_complex: bool) -> Network:
-    """The network as a function of one tensor: the perturbed input, or all of them flattened and joined; others are
-    zero."""
+    """The network as a function of one tensor: the perturbed input, or all of them flattened and joined.
+
+    Of the others, those with a default are left to it and the rest are zero.
+    """
     net = copy.deepcopy(net).double().cpu()
     dtype = torch.complex128 if is_complex else torch.float64
-    fixed = {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in inputs.items()}
+    fixed = {name: torch.zeros(1, *inputs[name], dtype=dtype) for name in arguments(net, inputs, names)}
     first = next(iter(inputs))
 
     def run(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Number, Real
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from firmly.linear.map import LinearMap, apply
 from firmly.linear.mask import Diagonal
 
 
-@handles(apply)
+@handles(apply, views=True)  # the identity returns its argument
 def linear_map(tracer: Tracer, mapping: LinearMap, x: Signal) -> Signal:
     return x.linear(mapping)
 
@@ -26,7 +27,7 @@ def linear_map(tracer: Tracer, mapping: LinearMap, x: Signal) -> Signal:
 # -- sums and scalings ---------------------------------------------------------------------------------------------
 
 
-@handles(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+@handles(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, joins=True)
 def add(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Signal:
     if isinstance(a, Signal) and isinstance(b, Signal):
         return a.combined([(1.0, a), (alpha, b)])
@@ -34,7 +35,7 @@ def add(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Signal:
     return with_constant(signal, constant, factor)
 
 
-@handles(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.rsub, torch.Tensor.__rsub__)
+@handles(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, joins=True)
 def subtract(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Signal:
     if isinstance(a, Signal) and isinstance(b, Signal):
         return a.combined([(1.0, a), (-alpha, b)])
@@ -42,8 +43,16 @@ def subtract(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Signal:
     return with_constant(signal, constant, factor)
 
 
-def with_constant(signal: Signal, constant: Any, factor: float) -> Signal:
+@handles(torch.rsub, torch.Tensor.__rsub__, joins=True)
+def reversed_subtract(tracer: Tracer, a: Any, b: Any, *, alpha: float = 1) -> Signal:
+    """b - alpha a."""
+    return subtract(tracer, b, a, alpha=alpha)
+
+
+def with_constant(signal: Signal, constant: Any, factor: float) -> Any:
     """factor * signal + constant: the increment loses the constant, which must not enlarge the shape."""
+    if not isinstance(constant, (Tensor, Number)):
+        return NotImplemented
     if isinstance(constant, Tensor) and torch.broadcast_shapes(constant.shape, signal.shape) != signal.shape:
         raise signal.tracer.refuse(f"adding a constant of shape {tuple(constant.shape)} to {tuple(signal.shape)}")
     return signal if factor == 1.0 else signal.scaled(factor)
@@ -54,13 +63,13 @@ def negate(tracer: Tracer, x: Signal) -> Signal:
     return x.scaled(-1.0)
 
 
-@handles(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
-def multiply(tracer: Tracer, a: Any, b: Any) -> Signal:
+@handles(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, joins=True)
+def multiply(tracer: Tracer, a: Any, b: Any) -> Any:
     if isinstance(a, Signal) and isinstance(b, Signal):
         raise tracer.refuse("the product of two traced values (its slope depends on their size)")
     signal, factor = (a, b) if isinstance(a, Signal) else (b, a)
     if not isinstance(factor, Tensor):
-        return signal.scaled(factor) if not isinstance(factor, complex) else NotImplemented
+        return signal.scaled(float(factor)) if isinstance(factor, Real) else NotImplemented
     if factor.numel() == 1 and factor.dim() <= signal.dim() and not factor.is_complex():
         return signal.scaled(factor.reshape(()))
     if torch.broadcast_shapes(factor.shape, signal.shape) != signal.shape:
@@ -70,14 +79,14 @@ def multiply(tracer: Tracer, a: Any, b: Any) -> Signal:
     return signal.linear(Diagonal(factor, signal.shape[1:]))
 
 
-@handles(torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.__truediv__)
+@handles(torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.__truediv__, joins=True)
 def divide(tracer: Tracer, a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
     if isinstance(b, Signal) or rounding_mode is not None:
         return NotImplemented
     return multiply(tracer, a, 1.0 / b)
 
 
-@handles(torch.cat, torch.concat)
+@handles(torch.cat, torch.concat, joins=True)
 def concatenate(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
     """Sum of the embeddings of every traced part."""
     first = next(t for t in tensors if isinstance(t, Signal))
@@ -116,18 +125,30 @@ for _function in (
     *(torch.narrow, torch.Tensor.narrow, torch.Tensor.expand, torch.pixel_shuffle, torch.pixel_unshuffle),
 ):
 
-    @handles(_function)
-    def shape_rule(tracer: Tracer, x: Signal, *args: Any, _function: Any = _function, **kwargs: Any) -> Signal:
+    @handles(_function, views=True)
+    def shape_rule(tracer: Tracer, x: Signal, *args: Any, _function: Any = _function, **kwargs: Any) -> Any:
+        if any(isinstance(a, torch.dtype) for a in [*args, *kwargs.values()]):  # view(dtype) reads bits anew
+            return NotImplemented
         return rearranged(x, lambda t: _function(t, *args, **kwargs))
 
 
-@handles(torch.Tensor.contiguous, torch.clone, torch.Tensor.clone, torch.Tensor.to, torch.Tensor.double, torch.detach)
-@handles(torch.Tensor.detach, torch.Tensor.type_as, torch.Tensor.float)
+@handles(torch.clone, torch.Tensor.clone)
+@handles(torch.Tensor.contiguous, torch.detach, torch.Tensor.detach, views=True)
 def unchanged(tracer: Tracer, x: Signal, *args: Any, **kwargs: Any) -> Signal:
     return x
 
 
-@handles(F.dropout, F.dropout2d, F.alpha_dropout)
+@handles(torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.double, torch.Tensor.float, views=True)
+def converted(tracer: Tracer, x: Signal, *args: Any, **kwargs: Any) -> Any:
+    """To another device or precision; not to integers, which rounds, nor from complex to real, which drops a part."""
+    target = next((a for a in [*args, *kwargs.values()] if isinstance(a, (torch.dtype, Tensor))), x.dtype)
+    target = target.dtype if isinstance(target, Tensor) else target
+    if not (target.is_complex if x.is_complex() else target.is_floating_point):
+        raise tracer.refuse(f"a conversion from {x.dtype} to {target}")
+    return x if not x.is_complex() or args or kwargs else NotImplemented  # double() and float() take the real part
+
+
+@handles(F.dropout, F.dropout2d, F.alpha_dropout, views=True)
 def dropout(tracer: Tracer, x: Signal, p: float = 0.5, training: bool = True, inplace: bool = False) -> Signal:
     if training and p > 0:
         raise tracer.refuse("dropout in training mode (call .eval() on the network first)")
@@ -150,9 +171,9 @@ def linear(tracer: Tracer, x: Signal, weight: Tensor, bias: Tensor | None = None
     return x.linear(Dense(weight))
 
 
-@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.__rmatmul__)
-def matmul(tracer: Tracer, a: Any, b: Any) -> Any:
-    if isinstance(a, Signal) and isinstance(b, Tensor) and a.dim() == 2 and b.dim() == 2:
+@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
+def matmul(tracer: Tracer, a: Signal, b: Any) -> Any:
+    if isinstance(b, Tensor) and a.dim() == 2 and b.dim() == 2:
         return a.linear(Dense(b.T))
     return NotImplemented
 

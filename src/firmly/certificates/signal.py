@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +18,21 @@ from firmly.prox.prior import Slope, Structure
 
 Handler = Callable[..., Any]
 HANDLERS: dict[Callable, Handler] = {}
+JOINS: set[Callable] = set()
+VIEWS: set[Callable] = set()
 
 
-def handles(*functions: Callable) -> Callable[[Handler], Handler]:
-    """Register the rule for torch functions met on a `Signal`."""
+def handles(*functions: Callable, joins: bool = False, views: bool = False) -> Callable[[Handler], Handler]:
+    """Register the rule for torch functions met on a `Signal`.
+
+    Only a rule that `joins` may be given several traced values; for the others all but the first tensor are constants.
+    A rule that `views` gives a result that may share its memory with the argument.
+    """
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update({function: handler for function in functions})
+        JOINS.update(functions if joins else ())
+        VIEWS.update(functions if views else ())
         return handler
 
     return register
@@ -44,22 +53,40 @@ class Tracer:
         return NotCertifiable(f"no sound bound is known for {what}, met in {self.where()}")
 
 
+class Memory:
+    """Counts how often the memory behind some signals was written over in place."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+
 class Signal:
     """The increment of a tensor (1, *shape) between two runs of the network: a node of the traced system.
 
     Operations on it record; constants vanish, since only increments matter. An operation without a rule raises
-    `NotCertifiable` with the operation and the module path.
+    `NotCertifiable` with the operation and the module path. As with tensors, an operation in place changes all views
+    of the same memory; the views are refused from then on, since they are no longer what was recorded.
     """
 
-    def __init__(self, tracer: Tracer, node: int):
+    def __init__(self, tracer: Tracer, node: int, memory: Memory | None = None):
         self.tracer = tracer
-        self.node = node
         self.shape = torch.Size((1, *tracer.system.nodes[node].shape))
+        self._node = node
+        self._memory = Memory() if memory is None else memory
+        self._version = self._memory.version
+
+    @property
+    def node(self) -> int:
+        if self._version != self._memory.version:
+            raise self.tracer.refuse("a value that an operation on another view of its memory has changed in place")
+        return self._node
 
     # -- recording ---------------------------------------------------------------------------------------------
 
     def linear(self, linear_map: LinearMap) -> Signal:
         """linear_map(self); the same map of the same value is one node."""
+        if linear_map.is_complex and not self.is_complex():
+            raise self.tracer.refuse("complex weights in a network taken as real (use complex maps of firmly.linear)")
         if self.shape[1:] != linear_map.domain:
             raise ShapeError(f"{linear_map} takes {linear_map.domain}, given {tuple(self.shape[1:])}")
         key = (id(linear_map), self.node)
@@ -86,21 +113,39 @@ class Signal:
         node = Nonlinear(self.node, Slope(*slope), structure, self.tracer.where(), tuple(self.shape[1:]))
         return Signal(self.tracer, self.tracer.system.append(node))
 
+    def overwritten(self, value: Signal) -> Signal:
+        """This signal after an operation in place whose result is `value`."""
+        if value.shape != self.shape:
+            raise self.tracer.refuse("an operation in place that changes the shape")
+        self._node = value.node
+        self._memory.version += 1
+        self._version = self._memory.version
+        return self
+
     # -- looking like a tensor ---------------------------------------------------------------------------------
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         import firmly.certificates.operations  # noqa: F401  (fills HANDLERS)
 
-        signal = first_signal((args, kwargs or {}))
+        kwargs = kwargs or {}
+        signals = signals_in((args, kwargs))
+        tracer = signals[0].tracer
+        name = getattr(function, "__name__", repr(function))
         if function not in HANDLERS:
-            name = getattr(function, "__name__", repr(function))
-            raise signal.tracer.refuse(f"the operation '{name}'")
-        result = HANDLERS[function](signal.tracer, *args, **(kwargs or {}))
+            raise tracer.refuse(f"the operation '{name}'")
+        operands = [a for a in args if isinstance(a, (Signal, Tensor))]
+        if function not in JOINS and (len(signals) > 1 or operands[0] is not signals[0]):
+            raise tracer.refuse(f"the operation '{name}' with weights or parameters that depend on the input")
+        try:
+            result = HANDLERS[function](tracer, *args, **kwargs)
+        except TypeError as error:
+            raise tracer.refuse(f"the operation '{name}' with these arguments ({error})") from error
         if result is NotImplemented:
-            name = getattr(function, "__name__", repr(function))
-            raise signal.tracer.refuse(f"the operation '{name}' with these arguments")
-        return result
+            raise tracer.refuse(f"the operation '{name}' with these arguments")
+        if kwargs.get("inplace"):
+            return signals[0].overwritten(result)
+        return Signal(tracer, result.node, signals[0]._memory if function in VIEWS else None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,8 +209,23 @@ class Signal:
     def __rmatmul__(self, other: Any) -> Any:
         return torch.matmul(other, self)  # type: ignore[arg-type]
 
+    def __iadd__(self, other: Any) -> Any:
+        return self.overwritten(self + other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self.overwritten(self - other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self.overwritten(self * other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.overwritten(self / other)
+
     def __getitem__(self, index: Any) -> Any:
-        return HANDLERS_BY_METHOD("__getitem__")(self.tracer, self, index)
+        return Signal.__torch_function__(torch.Tensor.__getitem__, (Signal,), (self, index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self.tracer.refuse("writing into a part of a traced value")
 
     def __iter__(self) -> Any:
         raise self.tracer.refuse("iterating over a traced value")
@@ -173,10 +233,16 @@ class Signal:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __bool__(self) -> bool:
+    def __pow__(self, other: Any) -> Any:
+        raise self.tracer.refuse("a power of a traced value (its slope depends on its size)")
+
+    def __bool__(self, *_: Any) -> bool:
         raise self.tracer.refuse("a decision that depends on the data")
 
-    __float__ = __int__ = __index__ = __gt__ = __lt__ = __ge__ = __le__ = __bool__  # type: ignore[assignment]
+    __float__ = __int__ = __index__ = __complex__ = __bool__  # type: ignore[assignment]
+    __gt__ = __lt__ = __ge__ = __le__ = __eq__ = __ne__ = __bool__  # type: ignore[assignment]
+    __hash__ = object.__hash__
+    __array_ufunc__ = None  # numpy leaves arithmetic with numbers of its own to this class
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(torch.Tensor, name, None)
@@ -187,22 +253,13 @@ class Signal:
         return lambda *args, **kwargs: Signal.__torch_function__(method, (Signal,), (self, *args), kwargs)
 
 
-def HANDLERS_BY_METHOD(name: str) -> Handler:
-    import firmly.certificates.operations  # noqa: F401  (fills HANDLERS)
-
-    return HANDLERS[getattr(torch.Tensor, name)]
-
-
-def first_signal(tree: Any) -> Signal:
-    """The first `Signal` in nested arguments."""
+def signals_in(tree: Any) -> list[Signal]:
+    """Every `Signal` in nested arguments."""
     if isinstance(tree, Signal):
-        return tree
-    if isinstance(tree, (tuple, list)):
-        found = [first_signal(item) for item in tree]
-        return next((item for item in found if item is not None), None)  # type: ignore[return-value]
+        return [tree]
     if isinstance(tree, dict):
-        return first_signal(list(tree.values()))
-    return None  # type: ignore[return-value]
+        tree = list(tree.values())
+    return [signal for item in tree for signal in signals_in(item)] if isinstance(tree, (tuple, list)) else []
 
 
 def trace(
@@ -214,31 +271,42 @@ def trace(
 ) -> System:
     """The system of `module` for perturbations of the inputs named in `wrt`.
 
-    `inputs` gives the shape (without batch) of every argument of `module.forward`; the first is passed by position.
-    Inputs that are not in `wrt` are held at zero: the bounds hold for every value of theirs. The module is run in
-    double precision on a copy, unless `keep_gradients` asks for a differentiable trace of the module itself.
+    `inputs` gives the shape (without batch) of arguments of `module.forward`; the first is passed by position. An
+    argument that is not in `wrt` is left to its default if it has one, else it is held fixed at an unknown value. The
+    module is run in double precision on a copy, unless `keep_gradients` asks for a differentiable trace of the module
+    itself.
     """
-    traced = module if keep_gradients else copy.deepcopy(module).double()
+    traced = module if keep_gradients else copy.deepcopy(module).double().cpu()
     tracer = Tracer(is_complex)
-    dtype = torch.complex128 if is_complex else torch.float64
-    arguments: list[tuple[str, Signal | Tensor]] = []
-    for name, shape in inputs.items():
-        if name in wrt:
-            node = tracer.system.append(Input(name, tuple(shape), is_complex))
-            arguments.append((name, Signal(tracer, node)))
-        else:
-            arguments.append((name, torch.zeros(1, *shape, dtype=dtype)))
+    given = arguments(module, inputs, wrt)
+    signals = {}
+    for name in given:
+        signals[name] = Signal(tracer, tracer.system.append(Input(name, tuple(inputs[name]), is_complex)))
     with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer):
-        result = traced(arguments[0][1], **dict(arguments[1:]))
+        result = traced(signals.pop(given[0]), **signals)
     if isinstance(result, Tensor):
-        raise NotCertifiable(
-            f"the output does not depend on {list(wrt)}: its bound would be zero; ask for another input, "
-            "or check that the network does not detach or ignore it"
-        )
+        raise NotCertifiable(UNMOVED.format(list(wrt)))
     if not isinstance(result, Signal):
         raise NotCertifiable(f"the network returns a {type(result).__name__}; a certificate needs one tensor")
     tracer.system.output = result.node
-    return tracer.system.pruned()
+    system = tracer.system.held_fixed([name for name in given if name not in wrt])
+    if system is None:
+        raise NotCertifiable(UNMOVED.format(list(wrt)))
+    return system
+
+
+UNMOVED = (
+    "the output does not depend on {}: its bound would be zero; ask for another input, "
+    "or check that the network does not detach or ignore it"
+)
+
+
+def arguments(module: nn.Module, inputs: Mapping[str, Sequence[int]], wrt: Sequence[str]) -> list[str]:
+    """The inputs that the network is given: the first, those in `wrt`, and those without a default."""
+    known = inspect.signature(module.forward).parameters
+    first = next(iter(inputs))
+    optional = {name for name, p in known.items() if p.default is not inspect.Parameter.empty}
+    return [name for name in inputs if name == first or name in wrt or name not in optional]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ kept as a graph of its linear maps and not multiplied out, so that a basis can t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,12 +86,40 @@ class System:
 
     def pruned(self) -> System:
         """The same system without the nodes that do not reach the output."""
-        needed = {self.output}
-        for index in range(len(self.nodes) - 1, -1, -1):
+        needed = self.ancestors(self.output)
+        needed.update(i for i, node in enumerate(self.nodes) if isinstance(node, Input))
+        return self.restricted(sorted(needed))
+
+    def held_fixed(self, names: Sequence[str]) -> System | None:
+        """The same system with these inputs held fixed: what depends on nothing else does not move, and leaves the
+        sums.
+
+        None if the output does not move.
+        """
+        still: set[int] = set()
+        moving = System(list(self.nodes), self.output, self.is_complex, self.assumptions)
+        for index, node in enumerate(self.nodes):
+            fixed = [i in still for i in parents(node)]
+            if node.name in names if isinstance(node, Input) else all(fixed):
+                still.add(index)
+            elif isinstance(node, Sum) and any(fixed):
+                moving.nodes[index] = Sum(tuple(t for t in node.terms if t[1] not in still), node.shape)
+        if self.output in still:
+            return None
+        needed = moving.ancestors(self.output)
+        needed.update(i for i, node in enumerate(self.nodes) if isinstance(node, Input) and i not in still)
+        return moving.restricted(sorted(needed))
+
+    def ancestors(self, last: int) -> set[int]:
+        """All nodes that a node depends on, itself included."""
+        needed = {last}
+        for index in range(last, -1, -1):
             if index in needed:
                 needed.update(parents(self.nodes[index]))
-        needed.update(i for i, node in enumerate(self.nodes) if isinstance(node, Input))
-        kept = sorted(needed)
+        return needed
+
+    def restricted(self, kept: Sequence[int]) -> System:
+        """The nodes at these places alone, renumbered."""
         new = {old: position for position, old in enumerate(kept)}
         nodes = [renumbered(self.nodes[i], new) for i in kept]
         return System(nodes, new[self.output], self.is_complex, self.assumptions)
@@ -106,7 +135,7 @@ class System:
                 digest.update(repr([float(c) for c, _ in node.terms]).encode())
             elif isinstance(node, Nonlinear):
                 digest.update(repr((float(node.slope.low), float(node.slope.high), node.structure)).encode())
-        digest.update(repr(self.output).encode())
+        digest.update(repr((self.output, self.is_complex)).encode())
         return digest.hexdigest()
 
 
