@@ -48,10 +48,12 @@ class Rearrange(LinearMap):
         pixels = math.prod(basis.spatial) if isinstance(basis, Fourier) else 0
         if pixels and basis.channels(self.domain) and basis.channels(self.codomain):
             rows = self.index.reshape(-1, pixels)
-            first = torch.div(rows[:, 0], pixels, rounding_mode="floor")
-            if bool((rows == first[:, None] * pixels + torch.arange(pixels)).all()):  # whole channels, nothing moved
+            blank = (rows == -1).all(1)
+            first = torch.div(rows[:, 0], pixels, rounding_mode="floor").clamp(min=0)
+            whole = (rows == first[:, None] * pixels + torch.arange(pixels)).all(1)
+            if bool((whole | blank).all()):  # whole channels, nothing moved, and channels of zeros
                 selection = torch.nn.functional.one_hot(first, basis.channels(self.domain)).double()
-                return basis.exact(selection[None])
+                return basis.exact(torch.where(blank[:, None], 0.0, selection)[None])
         return super()._symbol(basis)
 
 
