@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from firmly.certificates.system import Input, Linear, Sum, System
+from firmly.errors import NotCertifiable
 from firmly.linear.basis import Basis
 from firmly.linear.symbol import Symbol, meet
 from firmly.prox.prior import Slope
@@ -83,6 +84,8 @@ def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
                 coordinates.joined([node.parent])
     rows = [real_if_close(padded(z, width)) for z in rows]
     output = real_if_close(padded(values[system.output], width))
+    if not all(bool(symbol.value.isfinite().all()) for symbol in [*rows, output]):
+        raise NotCertifiable("the network has weights that are not finite numbers, or so large that they overflow")
     return Blocks(system, basis, inputs, columns, slopes, separable, rows, output)
 
 
@@ -153,7 +156,7 @@ def real_if_close(symbol: Symbol) -> Symbol:
     if not symbol.value.is_complex():
         return symbol
     imaginary = torch.linalg.vector_norm(symbol.value.detach().imag, dim=(1, 2))
-    if float(imaginary.max()) > 1e-12 * (1 + float(symbol.frobenius().max())):
+    if not float(imaginary.max()) <= 1e-12 * (1 + float(symbol.frobenius().max())):
         return symbol
     error = None if symbol.error is None else symbol.error + imaginary * (1 + 1e-12)
     return Symbol(symbol.value.real, error)

@@ -47,7 +47,7 @@ def minimise_rho(
     if not bool(values.isfinite().all()) and start is not None:
         return minimise_rho(pencil, tolerance, budget_s)
     rho = float(values.max())
-    if not math.isfinite(rho):
+    if not 0 < rho < math.inf:  # nothing to improve, or nothing to start from
         return SpectralResult(rho, 0.0, mu, 0, 0)
     working = torch.unique(torch.cat([spread(len(search), 64), worst(values, 64)]))
     relaxed, rounds = 0.0, 0
@@ -117,7 +117,10 @@ def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: floa
             value, mean, gradient, hessian = smoothed_maximum(pencil, mu, beta, barrier)
             scaled = hessian * mu[:, None] * mu  # unknowns log-scaled, so that regularisation is relative
             scaled.diagonal().add_(1e-12 * scaled.diagonal().max())
-            direction = -mu * torch.linalg.solve(scaled, mu * gradient)
+            step, singular = torch.linalg.solve_ex(scaled, mu * gradient)
+            if bool(singular) or not bool(step.isfinite().all()):  # no multiplier matters on these blocks
+                return mu, relaxed
+            direction = -mu * step
             decrement = float(-gradient @ direction)
             length = step_length(pencil, mu, direction, beta, barrier, value, decrement)
             mu = mu + length * direction
