@@ -110,7 +110,7 @@ class Certificate:
             return cls(**facts, **tensors)
         except FileNotFoundError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise VerificationError(f"{path} is not a firmly certificate, or is damaged: {error}") from error
 
 

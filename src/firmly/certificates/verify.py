@@ -23,7 +23,7 @@ from firmly.certificates.relax import relaxed
 from firmly.certificates.representation import make_basis
 from firmly.certificates.signal import trace
 from firmly.certificates.system import System, weights_hash
-from firmly.errors import VerificationError
+from firmly.errors import FirmlyError, VerificationError
 
 UNIT = torch.finfo(torch.float64).eps
 
@@ -132,6 +132,16 @@ def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate
     certificate belongs to other weights, or if either side of the bracket does not hold.
     """
     cert = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
+    try:
+        check(cert, net)
+    except VerificationError:
+        raise
+    except (FirmlyError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise VerificationError(f"this certificate does not fit this network: {error}") from error
+    return cert
+
+
+def check(cert: Certificate, net: nn.Module) -> None:
     system = trace(net, cert.inputs, cert.wrt, cert.is_complex)
     if weights_hash(net) != cert.weights_hash or system.fingerprint() != cert.system_hash:
         raise VerificationError(
@@ -144,7 +154,6 @@ def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate
     attained = measured(as_function(net, cert.inputs, cert.wrt, cert.is_complex), cert.point, cert.perturbation).ratio
     if not attained >= cert.lower * (1 - 1e-6):
         raise VerificationError(f"the stored inputs attain {attained:.9g}, not the lower bound {cert.lower:.9g}")
-    return cert
 
 
 @torch.no_grad()
