@@ -44,7 +44,10 @@ def attack(net: nn.Module, y: Tensor, radius: float, steps: int = 30, seed: int 
         raise DataError("the data to attack contains NaN or infinite values")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
-    return ascend(net, y, radius * start / start.norm(), steps)
+    rounding = 2 * torch.finfo(y.dtype).eps * (float(y.norm()) + radius)  # of y + d
+    if not rounding < 0.5 * radius:
+        raise DataError(f"a perturbation of size {radius:.3g} is lost in the rounding of {y.dtype} data; use y.double()")
+    return ascend(net, y, (radius - rounding) * start / start.norm(), steps)
 
 
 def ascend(net: Network, y: Tensor, start: Tensor, steps: int, deadline: float = math.inf) -> Attack:
@@ -62,7 +65,7 @@ def ascend(net: Network, y: Tensor, start: Tensor, steps: int, deadline: float =
         else:
             stalled += 1
         if change > best.change:
-            best = Attack(d, change, change / radius)
+            best = measured(net, y, d, origin)
         if not (size > 0 and math.isfinite(size)) or stalled >= 3 or time.monotonic() > deadline:
             break
         d = radius * gradient / size
