@@ -46,7 +46,7 @@ def attack(net: nn.Module, y: Tensor, radius: float, steps: int = 30, seed: int 
     start = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
     rounding = 2 * torch.finfo(y.dtype).eps * (float(y.norm()) + radius)  # of y + d
     if not rounding < 0.5 * radius:
-        raise DataError(f"a perturbation of size {radius:.3g} is lost in the rounding of {y.dtype} data; use y.double()")
+        raise DataError(f"a perturbation of size {radius:.3g} is lost in the rounding of {y.dtype}; use y.double()")
     return ascend(net, y, (radius - rounding) * start / start.norm(), steps)
 
 
