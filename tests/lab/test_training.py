@@ -12,7 +12,7 @@ from torch import nn
 from firmly.errors import DataError, SettingsError
 from firmly.lab.engine import Engine
 from firmly.lab.run_folder import RunFolder
-from firmly.lab.training import Plan, one_cycle, train
+from firmly.lab.training import Plan, rise_and_fall, train
 from firmly.lab.weights import learned
 
 PLAN = Plan(epochs=4, steps=5, learning_rate=1e-2, weight_decay=1e-2, averaging=0.9)
@@ -120,8 +120,8 @@ def test_a_checkpoint_of_another_plan_or_network_is_refused(tmp_path):
         train(network(), sample, PLAN, run, "net")
 
 
-def test_one_cycle_rises_and_falls():
-    assert one_cycle(0) == 0.04 and one_cycle(0.3) == 1 and abs(one_cycle(1) - 1e-3) < 1e-12
+def test_the_learning_rate_rises_and_falls():
+    assert rise_and_fall(0.05) == 0.5 and rise_and_fall(0.1) == 1 and rise_and_fall(1) == 0.003
 
 
 @pytest.mark.parametrize("bad", [{"epochs": 0}, {"learning_rate": -1.0}, {"averaging": 1.0}, {"clip": 0.0}])

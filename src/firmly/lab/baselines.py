@@ -12,6 +12,7 @@ from firmly.algorithms import Admm
 from firmly.fixedpoint import solve
 from firmly.lab.metrics import psnr
 from firmly.linear import LinearMap, Resolvent, Scale, Stack
+from firmly.linear.fourier_sampling import FourierSampling
 from firmly.linear.gradient import Gradient
 from firmly.prox import GroupL1
 
@@ -27,11 +28,14 @@ class Tuned(NamedTuple):
 def wiener_filter(A: LinearMap, weight: float) -> LinearMap:
     """The map y -> (A*A + weight D*D + 1e-8 I)^-1 A* y with D the circular gradient.
 
-    This is the Wiener filter for images with power spectrum 1 / |f|^2 (Field, Relations between the statistics of natural
-    images and the response properties of cortical cells, 1987). `NotDiagonal` if A is not diagonal in Fourier.
+    This is the Wiener filter for images with power spectrum 1 / |f|^2 (Field, Relations between the statistics of
+    natural images and the response properties of cortical cells, 1987). `NotDiagonal` if A is not diagonal in Fourier.
     """
     gradient = Gradient(A.domain, padding="circular")
-    return Resolvent(Stack([A, Scale(weight**0.5, gradient)]), 1e-8) @ A.T
+    same_gram = A
+    if isinstance(A, FourierSampling):  # what it gives are frequencies; taken back to pixels they stack with a gradient
+        same_gram = FourierSampling(torch.ones(A.domain[1:], dtype=A.mask.dtype, device=A.mask.device)).T @ A
+    return Resolvent(Stack([same_gram, Scale(weight**0.5, gradient)]), 1e-8) @ A.T
 
 
 def tv(A: LinearMap, y: Tensor, weight: float, tol: float = 1e-4, max_iterations: int = 150) -> Tensor:

@@ -14,8 +14,8 @@ from firmly.errors import NotCertifiable
 class BudgetPenalty:
     """weight * max(0, log(bound / (share * budget))): zero inside the budget, with a gradient to the weights outside.
 
-    The multipliers of the bound are solved for every `refresh` calls and kept fixed in between, which leaves it an upper
-    bound (and its gradient nearly that of the best one).
+    The multipliers of the bound are solved for every `refresh` calls and kept fixed in between, which leaves it an
+    upper bound (and its gradient nearly that of the best one).
     """
 
     def __init__(self, budget: float, weight: float = 0.02, share: float = 0.97, refresh: int = 20):
@@ -40,15 +40,17 @@ def repair(
     network: nn.Module,
     budget: float,
     callback: Callable[[float], None] | None = None,
-    rate: float = 2e-3,
     max_steps: int = 400,
 ) -> Certificate:
     """Descend on the logarithm of the bound until `certify` proves that it is within the budget; returns that proof.
 
-    Weights move only as far as the budget asks. Raises `NotCertifiable` if `max_steps` steps do not get there.
+    Weights move only as far as the budget asks, the scalars of the layers (penalties, thresholds) ahead of the filters.
+    Raises `NotCertifiable` if `max_steps` steps do not get there.
     """
     penalty = BudgetPenalty(budget, weight=1.0, share=1.0, refresh=5)
-    optimiser = torch.optim.Adam(network.parameters(), rate)
+    parameters = list(network.parameters())
+    rates = [{"params": [p], "lr": 1e-2 if p.dim() <= 1 else 5e-4} for p in parameters]
+    optimiser = torch.optim.Adam(rates)
     share = 0.9995
     for _ in range(max_steps):
         value = penalty.bound(network, fresh=False)
@@ -66,7 +68,7 @@ def repair(
         torch.log(value).backward()
         optimiser.step()
     raise NotCertifiable(
-        f"the bound could not be brought below the budget of {budget:g} in {max_steps} steps (it is {float(value):.4g}): "
+        f"{max_steps} steps did not bring the bound below the budget of {budget:g} (it is {value.item():.4g}): "
         "raise budget_epochs or the budget"
     )
 

@@ -1,13 +1,14 @@
 """Charts of the report as inline SVG, in colours that the page's style sheet sets.
 
-Every chart is drawn for a given width in CSS pixels, so that its text keeps one size: the page shows a wide and a narrow
-drawing by turns. Classes name the roles: `ours`, `twin`, `other` colour marks, `muted` and `strong` texts.
+Every chart is drawn for a given width in CSS pixels, so that its text keeps one size: the page shows a wide and a
+narrow drawing by turns. Classes name the roles: `ours`, `twin`, `other` colour marks, `muted` and `strong` texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -77,8 +78,8 @@ def bracket_chart(
         f'width="{max(2.0, scale(upper) - scale(lower)):.1f}" height="{step * len(rows) + 8}"/>'
     ]
     anchor, at = ("start", scale(lower)) if scale(lower) < (left + right) / 2 else ("end", scale(upper))
-    parts.append(text(at, 12, f"true value: {number(lower)} to {number(upper)}", "strong", anchor))
-    for tick in thinned(scale.ticks(), scale, 34):
+    parts.append(text(at, 12, f"the truth: {at_least(lower)} to {at_most(upper)}", "strong", anchor))
+    for tick in thinned(scale.ticks(), scale, 48):
         x = scale(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top - 10}" x2="{x:.1f}" y2="{height - 30}"/>')
         parts.append(text(x, height - 14, number(tick), "muted", "middle"))
@@ -109,7 +110,8 @@ def line_chart(
     for tick in y.ticks(4):
         parts.append(f'<line class="grid" x1="{left}" y1="{y(tick):.1f}" x2="{right}" y2="{y(tick):.1f}"/>')
         parts.append(text(left - 6, y(tick) + 4, number(tick), "muted", "end"))
-    for tick in thinned(x.ticks(5), x, 30):
+    whole = all(float(a).is_integer() for a in xs)
+    for tick in thinned([t for t in x.ticks(5) if not whole or float(t).is_integer()], x, 30):
         parts.append(text(x(tick), bottom + 18, number(tick), "muted", "middle"))
     heights = spread([y(line.points[-1][1]) for line in lines], 16)
     for line, end in zip(lines, heights):
@@ -123,29 +125,40 @@ def line_chart(
 
 def dot_chart(names: Sequence[str], series: Sequence[Line], width: int, unit: str, label: str = "") -> Markup:
     """One row per name with a dot for each series; the points of a series are (row, value)."""
-    left, right, top, step = 96, width - 14, 44, 24
+    left, right, step = 96, width - 14, 24
     values = [value for s in series for _, value in s.points]
     margin = (max(values) - min(values)) * 0.05 or 0.5
     scale = Scale(min(values) - margin, max(values) + margin, left, right)
+    parts, top = legend(series, width)
+    top += 34
     height = top + step * len(names) + 30
-    parts = []
-    at = 0.0
-    for s in series:
-        parts.append(f'<circle class="{s.role}" cx="{at + 5:.0f}" cy="10" r="4.5"/>')
-        parts.append(text(at + 14, 14, s.label, "", "start"))
-        at += 30 + 6.9 * len(s.label)
-    for tick in thinned(scale.ticks(5), scale, 34):
+    ticks = thinned(scale.ticks(5), scale, 34)
+    for tick in ticks:
         x = scale(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top - 12}" x2="{x:.1f}" y2="{height - 26}"/>')
-        parts.append(text(x, height - 8, f"{number(tick)} {unit}" if tick == scale.ticks(5)[0] else number(tick), "muted"))
+        parts.append(text(x, height - 8, number(tick) + (f" {unit}" if tick == ticks[0] else ""), "muted"))
     for row, name in enumerate(names):
         y = top + step * row
         found = [scale(value) for s in series for r, value in s.points if r == row]
         parts.append(text(left - 12, y + 4, name, "", "end"))
         parts.append(f'<line class="stem" x1="{min(found):.1f}" y1="{y}" x2="{max(found):.1f}" y2="{y}"/>')
         for s in series:
-            parts += [f'<circle class="{s.role}" cx="{scale(v):.1f}" cy="{y}" r="4.5"/>' for r, v in s.points if r == row]
+            shown = [scale(value) for r, value in s.points if r == row]
+            parts += [f'<circle class="{s.role}" cx="{x:.1f}" cy="{y}" r="4.5"/>' for x in shown]
     return svg(parts, width, height, label)
+
+
+def legend(series: Sequence[Line], width: int) -> tuple[list[str], float]:
+    """Dots with the names of the series, in as many lines as they need, and the height of the last line."""
+    parts, x, y = [], 0.0, 10.0
+    for s in series:
+        size = 32 + 6.9 * len(s.label)
+        if x > 0 and x + size > width:
+            x, y = 0.0, y + 20
+        parts.append(f'<circle class="{s.role}" cx="{x + 5:.0f}" cy="{y:.0f}" r="4.5"/>')
+        parts.append(text(x + 15, y + 4, s.label, "", "start"))
+        x += size
+    return parts, y
 
 
 def svg(parts: Sequence[str], width: int, height: float, label: str) -> Markup:
@@ -172,9 +185,26 @@ def spread(positions: Sequence[float], distance: float) -> list[float]:
     """The same positions, moved apart to at least `distance` in their order."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     moved = list(positions)
-    for before, after in zip(order, order[1:]):
+    for before, after in pairwise(order):
         moved[after] = max(moved[after], moved[before] + distance)
     return moved
+
+
+def at_most(value: float, digits: int = 3) -> str:
+    """An upper bound for a reader: rounded up, so that the sentence stays true."""
+    return number(_outward(value, digits, math.ceil), digits)
+
+
+def at_least(value: float, digits: int = 3) -> str:
+    """A lower bound for a reader: rounded down."""
+    return number(_outward(value, digits, math.floor), digits)
+
+
+def _outward(value: float, digits: int, rounding: Callable[[float], int]) -> float:
+    if not math.isfinite(value) or value == 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
+    return rounding(value / unit) * unit
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -188,4 +218,5 @@ def number(value: float, digits: int = 3) -> str:
         mantissa = value / 10.0**size
         power = str(size).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"10{power}" if abs(mantissa - 1) < 1e-9 else f"{mantissa:.{digits - 2}f}·10{power}"
-    return f"{value:,.{max(0, digits - 1 - size)}f}".rstrip("0").rstrip(".") if size < digits else f"{value:,.0f}"
+    shown = f"{value:,.{max(0, digits - 1 - size)}f}"
+    return shown.rstrip("0").rstrip(".") if "." in shown else shown

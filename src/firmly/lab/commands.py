@@ -61,7 +61,9 @@ def start_run(experiment: str, assignments: Sequence[str], folder: Path | None, 
     for what in ("settings.toml", "metrics.jsonl", "weights", "certificate.safetensors", "results.json", "report.html"):
         if (run / what).exists():
             out.print(f"wrote {run / what}")
-    out.print(f"{time.monotonic() - began:.0f} s; verify with: firmly verify {run / 'certificate.safetensors'} {run.path}")
+    if certificate:
+        out.print(f"verify with: firmly verify {run / 'certificate.safetensors'} {run.path}")
+    out.print(f"{time.monotonic() - began:.0f} s")
     return 0
 
 
@@ -163,12 +165,11 @@ def attack_model(model: str, image: Path | None, radius: float, shape: str | Non
     else:
         expected = parsed_shape(shape) or getattr(network, "data_shape", None)
         if expected is None:
-            raise SettingsError("this module does not know the shape of its input: give --shape, such as --shape 3,32,32")
+            raise SettingsError("this module does not know the shape of its input: give it, as in --shape 3,32,32")
         y = read_image(image)[None] if image else torch.rand(1, *expected, generator=torch.Generator().manual_seed(0))
     if not radius > 0:
         raise SettingsError(f"the radius is positive; given {radius}")
-    parameters = next(network.parameters(), None)
-    found = find_attack(network.requires_grad_(False), y if parameters is None else y.to(device=parameters.device), radius)
+    found = find_attack(network.requires_grad_(False), y, radius)
     out.print(
         f"a perturbation of norm {float(found.perturbation.norm()):.4g} moves the output by {found.change:.4g}: "
         f"an amplification of {found.ratio:.5g}, a lower bound of the worst case"
@@ -199,7 +200,8 @@ def list_runs(parent: Path, out: Console) -> None:
         if results:
             ours = next(m for m in results["methods"] if m["key"] == "ours")
             certificate = results["certificate"]
-            row = [f"{ours['psnr']:.2f}", f"{certificate['upper']:.4g}" if certificate else "none", str(results["seconds"])]
+            bound = f"{certificate['upper']:.4g}" if certificate else "none"
+            row = [f"{ours['psnr']:.2f}", bound, str(results["seconds"])]
         table.add_row(run.path.name, environment["preset"], environment["started"][:16].replace("T", " "), *row)
     out.print(table)
 

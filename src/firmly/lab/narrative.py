@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from firmly import __version__
-from firmly.lab.charts import number
+from firmly.lab.charts import at_least, at_most, number
 from firmly.lab.reconstruction import Experiment, ReconstructionSettings
 
 
@@ -46,7 +46,7 @@ def headline(experiment: Experiment, results: dict[str, Any]) -> str:
     article = "An" if noun[0] in "aeiouM" else "A"
     if not certificate:
         return f"{article} {noun} network"
-    return f"{article} {noun} network that never amplifies an error more than {certificate['upper']:.3g} times"
+    return f"{article} {noun} network that never amplifies an error more than {at_most(certificate['upper'])} times"
 
 
 def summary(
@@ -62,17 +62,16 @@ def summary(
         gap = certificate["upper"] / certificate["lower"]
         text += (
             f"For every measurement there is, a proof bounds how far the image can move when the measurement moves: "
-            f"at most {number(certificate['upper'])} times as far; {number(certificate['lower'])} is attained, so the "
-            f"bound is {closeness(gap)}. "
+            f"at most {at_most(certificate['upper'])} times as far; {at_least(certificate['lower'])} is attained, so "
+            f"the bound is {closeness(gap)}. "
         )
     if twin:
         worst = results["twin"]
-        price = twin["psnr"] - ours["psnr"]
-        text += f"Without the constraint the same network {'gains' if price > 0 else 'loses'} {abs(price):.2f} dB"
+        text += f"Without the constraint the same network reaches {twin['psnr']:.2f} dB"
         if worst and certificate and worst["lower"] > 1.05 * certificate["upper"]:
-            text += f" and amplifies an error at least {number(worst['lower'])} times"
+            text += f" and amplifies an error at least {at_least(worst['lower'])} times"
         elif worst and certificate and worst["upper"] > 1.05 * certificate["upper"]:
-            text += f", and the best proof for it is {number(worst['upper'])}"
+            text += f", and the best proof for it is {at_most(worst['upper'])}"
         elif not worst:
             text += ", and no finite bound is known for it"
         text += "."
@@ -115,8 +114,8 @@ def stability_text(results: dict[str, Any]) -> str:
         return ""
     product = next((b["value"] for b in c["bounds"] if b["method"] == "product"), None)
     text = (
-        f"If two measurements differ by d, the two images differ by at most {number(c['upper'], 4)} |d|, whatever the "
-        f"measurements and however large d. Two measurements in the certificate do reach {number(c['lower'], 4)}. "
+        f"If two measurements differ by d, the two images differ by at most {at_most(c['upper'], 4)} |d|, whatever the "
+        f"measurements and however large d. Two measurements in the certificate do reach {at_least(c['lower'], 4)}. "
     )
     if product and product > 1.05 * c["upper"]:
         text += (
@@ -131,11 +130,14 @@ def twin_text(results: dict[str, Any], methods: dict[str, Any]) -> str:
         return ""
     twin = results["twin"]
     price = methods["twin"]["psnr"] - methods["ours"]["psnr"]
-    start = f"The twin has the same layers and the same training, but no limit on its filters; it is {price:+.2f} dB away. "
+    start = (
+        "The twin has the same layers and the same training, but no limit on its filters; it scores "
+        f"{f'{abs(price):.2f} dB ' + ('more' if price > 0 else 'less') if abs(price) >= 0.005 else 'the same'}. "
+    )
     if not twin:
         return start + "No finite bound is known for it."
     return start + (
-        f"Its worst case lies between {number(twin['lower'])} (attained) and {number(twin['upper'])} "
+        f"Its worst case lies between {at_least(twin['lower'])} (attained) and {at_most(twin['upper'])} "
         f"(proved, by '{twin['method']}')."
     )
 
@@ -163,13 +165,14 @@ def budget_text(results: dict[str, Any], methods: dict[str, Any]) -> str:
         return ""
     if len(budgets) == 1:
         b, free = budgets[0], methods.get("certified")
-        text = f"The network was trained to stay within the budget of {number(b['budget'])}: {number(b['upper'], 4)} is proved."
+        proved = at_most(b["worst_case"]["upper"], 4)
+        text = f"The network was trained within the budget of {number(b['budget'])}: {proved} is proved."
         if free:
             text += f" Against the network without a budget this cost {free['psnr'] - b['psnr']:.2f} dB."
         return text
     return (
-        "The same network was trained once for every budget: a penalty on the certified bound while it learned, and at the "
-        "end the smallest change of its weights that the proof accepts."
+        "The same network was trained once for every budget: with a penalty on the certified bound while it learned, "
+        "and at the end with the small change of its weights that makes the proof hold."
     )
 
 
@@ -179,7 +182,14 @@ def training_text(settings: ReconstructionSettings, results: dict[str, Any]) -> 
     return (
         f"{settings.epochs} epochs of {settings.steps} batches of {settings.batch} crops of {settings.crop} by "
         f"{settings.crop} pixels from the training photographs, AdamW, mean squared error, seed {settings.seed}; "
-        f"{results['parameters']:,} parameters. Every layer's filters are divided by the root of a certified bound of their "
-        f"power, so that the network is inside its certificate at every step of training"
-        f"{'' if settings.cap is None else f' (cap {settings.cap:g})'}. Time: {times}."
+        f"{results['parameters']:,} parameters. {capping(settings)}Time: {times}."
+    )
+
+
+def capping(settings: ReconstructionSettings) -> str:
+    if settings.cap is None:
+        return ""
+    return (
+        "The filters of every layer are divided by the root of a certified bound of their power, so that their slope "
+        f"stays within {settings.cap:g} at every step of training and not only at its end. "
     )

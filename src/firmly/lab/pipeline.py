@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -109,13 +110,15 @@ def train_all(
         plan = settings.plan(epochs=settings.budget_epochs, learning_rate=settings.learning_rate / 3)
         fit(name, settings.cap, start=capped, plan=plan, penalty=BudgetPenalty(budget))
         if engine.primary:
-            inside = repair(
-                trained.networks[name], budget, lambda bound, name=name: listen("repair", {"name": name, "bound": bound})
-            )
-            trained.certificates[name] = inside
+            heard = functools.partial(listen_to_repair, listen, name)
+            trained.certificates[name] = repair(trained.networks[name], budget, heard)
     if len(settings.budget) == 1:
         trained.main = f"budget-{settings.budget[0]:g}"
     return trained
+
+
+def listen_to_repair(listen: Listener, name: str, bound: float) -> None:
+    listen("repair", {"name": name, "bound": bound})
 
 
 def sampler(
@@ -182,11 +185,11 @@ def evaluate(
     rows.append(row("tv", "Best TV", "other", best.images, truth))
     images["tv"], tuned["tv"] = best.images, best.weight
 
-    certificates = certify_all(trained, run, listen)
-    order = [n for n in trained.networks if n != trained.main and n != "unconstrained"] + [trained.main, "unconstrained"]
-    for name in [n for n in order if n in trained.networks]:
-        role = {trained.main: "ours", "unconstrained": "twin"}.get(name, "other")
-        key = {"ours": "ours", "twin": "twin"}.get(role, name)
+    certificates = certify_all(settings, trained, run, listen)
+    last = [n for n in (trained.main, "unconstrained") if n in trained.networks]
+    for name in [*(n for n in trained.networks if n not in last), *last]:
+        key = key_of(name, trained)
+        role = key if name in last else "other"
         restored = trained.networks[name](y).real
         found = certificates[name]
         lower, upper = (found.lower, found.upper) if found else (None, None)
@@ -204,19 +207,22 @@ def evaluate(
         "tuned": tuned,
         "certificate": certificate_facts(certificates[trained.main]),
         "twin": certificate_facts(certificates.get("unconstrained")),
-        "attack": attack_all(experiment, settings, run, trained, y[scene : scene + 1], truth[scene : scene + 1], listen),
+        "attack": attack_all(experiment, settings, run, trained, y[[scene]], truth[[scene]], listen),
         "budgets": [
-            {"budget": b, "lower": certificates[n].lower, "upper": certificates[n].upper, **scores(trained.networks[n](y).real, truth)}
-            for b, n in ((b, f"budget-{b:g}") for b in settings.budget)
+            {"budget": budget, **next(r for r in rows if r["key"] == key_of(f"budget-{budget:g}", trained))}
+            for budget in settings.budget
         ],
-        "history": {
-            {trained.main: "ours", "unconstrained": "twin"}.get(n, n): o.history for n, o in trained.outcomes.items()
-        },
+        "history": {key_of(name, trained): outcome.history for name, outcome in trained.outcomes.items()},
         "training_seconds": {n: round(o.seconds, 1) for n, o in trained.outcomes.items()},
         "parameters": sum(p.numel() for p in trained.networks[trained.main].parameters()),
     }
     results["detail"] = save_pictures(run, truth, images, scene)
     return results | narrative.tell(experiment, settings, results)
+
+
+def key_of(name: str, trained: Networks) -> str:
+    """How the report calls a network: "ours", "twin", or its own name."""
+    return {trained.main: "ours", "unconstrained": "twin"}.get(name, name)
 
 
 def row(
@@ -237,13 +243,15 @@ def scores(image: Tensor, truth: Tensor) -> dict[str, Any]:
     }
 
 
-def certify_all(trained: Networks, run: RunFolder, listen: Listener) -> dict[str, Certificate | None]:
+def certify_all(
+    settings: ReconstructionSettings, trained: Networks, run: RunFolder, listen: Listener
+) -> dict[str, Certificate | None]:
     """Certify every network, save the certificates and verify each from its file; None where no bound exists."""
     certificates: dict[str, Certificate | None] = {}
     for name, network in trained.networks.items():
         listen("certify", {"name": name})
         try:
-            certificate = trained.certificates.get(name) or certify(network, budget_s=30.0)
+            certificate = trained.certificates.get(name) or certify(network, budget_s=settings.certify_seconds)
         except NotCertifiable as reason:
             run.log("not certifiable", network=name, reason=str(reason))
             certificates[name] = None
@@ -251,7 +259,8 @@ def certify_all(trained: Networks, run: RunFolder, listen: Listener) -> dict[str
         path = run / (f"certificates/{name}.safetensors" if name != trained.main else "certificate.safetensors")
         certificate.save(path)
         certificates[name] = verify(path, network)
-        run.log("certificate", network=name, lower=certificate.lower, upper=certificate.upper, method=certificate.method)
+        bracket = {"lower": certificate.lower, "upper": certificate.upper, "method": certificate.method}
+        run.log("certificate", network=name, **bracket)
     return certificates
 
 
@@ -295,7 +304,8 @@ def save_pictures(run: RunFolder, truth: Tensor, images: dict[str, Tensor], scen
 
 def describe(experiment: Experiment, settings: ReconstructionSettings, name: str) -> dict[str, Any]:
     """What the JSON beside a file of weights says."""
-    return {"experiment": experiment.name, "network": name, "constrained": name != "unconstrained", "size": settings.size}
+    constrained = name != "unconstrained"
+    return {"experiment": experiment.name, "network": name, "constrained": constrained, "size": settings.size}
 
 
 def certificate_facts(certificate: Certificate | None) -> dict[str, Any] | None:
@@ -308,7 +318,8 @@ def certificate_facts(certificate: Certificate | None) -> dict[str, Any] | None:
         "method": certificate.method,
         "basis": certificate.basis.name,
         "bounds": [
-            {"method": b.method, "value": finite(b.value), "seconds": b.seconds, "note": b.note} for b in certificate.bounds
+            {"method": b.method, "value": finite(b.value), "seconds": b.seconds, "note": b.note}
+            for b in certificate.bounds
         ],
         "assumptions": certificate.assumptions,
     }

@@ -13,7 +13,7 @@ STAGES = {
     "baseline": "tuning {name}",
     "certify": "certifying {name}",
     "attack": "attacking {name}",
-    "repair": "bringing {name} inside its budget: bound {bound:.4g}",
+    "repair": "bringing {name} inside its budget, from a bound of {bound:.4g}",
     "report": "report written",
 }
 
@@ -44,10 +44,12 @@ class Progress:
         if stage == "training":
             self.train(event)
         else:
+            if stage != "repair":  # training is over: let the bars stand above the lines that follow
+                self.bars.stop()
             line = STAGES[stage].format(**event)
-            if stage != "repair" and line != self.stage:
+            if stage != self.stage or stage != "repair":
                 self.bars.console.print(line, style="dim")
-            self.stage = line
+            self.stage = stage
 
     def train(self, event: dict[str, Any]) -> None:
         name = event["name"]

@@ -29,7 +29,8 @@ class ReconstructionSettings:
     kappa that the filters of a layer may have (below 2: every layer is nonexpansive where it denoises; none: free).
     Pairs (a, b) are the start values of the first and of the last layer, geometric between them.
     `budget` lists bounds of the amplification to train for. `attack` is the norm of the perturbation searched for,
-    relative to the norm of the noise. `threads` is the number of CPU threads (0: as torch chooses).
+    relative to the norm of the noise. `certify_seconds` is the time for each certificate.
+    `threads` is the number of CPU threads (0: as torch chooses).
     """
 
     noise: float = 0.02
@@ -57,6 +58,7 @@ class ReconstructionSettings:
     tv_weights: tuple[float, ...] = (0.001, 0.0015, 0.002, 0.003)
     wiener_weights: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.1)
     attack: float = 0.1
+    certify_seconds: float = 30.0
     seed: int = 0
     device: Device = "auto"
     precision: Precision = "float32"
@@ -68,9 +70,10 @@ class ReconstructionSettings:
         require(self.noise >= 0, f"noise is a standard deviation, not negative; given {self.noise}")
         require(2 <= self.filter_size, f"filter_size is at least 2; given {self.filter_size}")
         require(self.cap is None or self.cap > 0, f"cap is positive or none; given {self.cap}")
-        require(16 <= self.crop and 64 <= self.size <= 256, f"crop >= 16, size in 64..256; given {self.crop}, {self.size}")
+        require(self.crop >= 16, f"crop is at least 16; given {self.crop}")
+        require(64 <= self.size <= 256, f"size lies in 64 .. 256; given {self.size}")
         require(1 <= self.images <= 8, f"there are 8 held-out photographs; given images = {self.images}")
-        require(self.attack > 0, f"attack is positive; given {self.attack}")
+        require(self.attack > 0 and self.certify_seconds > 0, "attack and certify_seconds are positive")
         for name in ("penalty", "threshold"):
             pair = getattr(self, name)
             require(len(pair) == 2 and min(pair) > 0, f"{name} is two positive numbers, first and last; given {pair}")
@@ -88,8 +91,8 @@ class ReconstructionSettings:
 class Experiment:
     """One inverse problem: what is measured, how it is told, and its presets.
 
-    `operator(settings, size)` is the forward map for size x size images. `shown(A, y)` turns a measurement into an image,
-    `support(A)` says where noise can be (None: everywhere), `told(settings)` is the measurement in words.
+    `operator(settings, size)` is the forward map for size x size images. `shown(A, y)` turns a measurement into an
+    image, `support(A)` says where noise can be (None: everywhere), `told(settings)` is the measurement in words.
     """
 
     name: str
@@ -119,8 +122,8 @@ class Experiment:
 def hqs_network(A: LinearMap, settings: ReconstructionSettings, cap: float | None) -> nn.Module:
     """Unrolled half-quadratic splitting with a learned ridge regulariser in every layer.
 
-    x <- (A*A + r_n I)^-1 (A* y + r_n (x - sum_i K_ni^T phi_ni(K_ni x))), started by the same with x = 0; the filters start
-    as cosines, the activations as clips, so that every layer starts as shrinkage of cosine coefficients.
+    x <- (A*A + r_n I)^-1 (A* y + r_n (x - sum_i K_ni^T phi_ni(K_ni x))), started by the same with x = 0; the filters
+    start as cosines, the activations as clips, so that every layer starts as shrinkage of cosine coefficients.
     """
     size, count = settings.filter_size, settings.filters
     if settings.activation == "clip":

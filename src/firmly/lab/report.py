@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page without scripts or links to elsewhere, made from the files of the run folder alone."""
+"""The report of a run: one HTML page without scripts or outside links, made from the files of the run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from firmly.lab.charts import Line, Mark, bracket_chart, dot_chart, line_chart, number
+from firmly.lab.charts import Line, Mark, at_least, at_most, bracket_chart, dot_chart, line_chart, number
 from firmly.lab.pictures import data_uri
 from firmly.lab.run_folder import RunFolder
 
@@ -35,8 +35,7 @@ def render(run: RunFolder) -> str:
 
     results = run.read_json("results.json")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
-    environment.filters["count"] = lambda n: f"{n:,}"
+    environment.filters |= {"number": number, "at_most": at_most, "at_least": at_least}
     template = environment.from_string((files("firmly.lab") / "report.html.j2").read_text(encoding="utf-8"))
     methods = {m["key"]: m for m in results["methods"]}
     return template.render(
@@ -75,13 +74,14 @@ def _both(draw: Callable[[int], Markup]) -> Markup:
 def _bracket(results: dict[str, Any], width: int) -> Markup:
     certificate = results["certificate"]
     bounds = sorted(certificate["bounds"], key=lambda b: -b["value"] if b["value"] is not None else -float("inf"))
-    marks = [Mark(_method(b["method"]), _value(b["value"]), "other") for b in bounds if b["method"] != certificate["method"]]
-    marks.append(Mark(_method(certificate["method"]), certificate["upper"], "ours"))
-    marks.append(Mark("attained", certificate["lower"], "ours"))
+    others = [b for b in bounds if b["method"] != certificate["method"]]
+    marks = [Mark(_method(b["method"]), _value(b["value"]), "other", _upper(b["value"])) for b in others]
+    marks.append(Mark(_method(certificate["method"]), certificate["upper"], "ours", _upper(certificate["upper"])))
+    marks.append(Mark("attained", certificate["lower"], "ours", "≥ " + at_least(certificate["lower"])))
     beyond = []
     if results["twin"] and results["twin"]["lower"]:
         lower = results["twin"]["lower"]
-        beyond.append(Mark("twin, attained", lower, "twin", "≥ " + number(lower)))
+        beyond.append(Mark("twin, attained", lower, "twin", "≥ " + at_least(lower)))
     label = f"Bounds of the worst-case amplification: between {certificate['lower']:.4g} and {certificate['upper']:.4g}"
     return bracket_chart(certificate["lower"], certificate["upper"], marks, width, beyond, label)
 
@@ -97,7 +97,7 @@ def _training(results: dict[str, Any], methods: dict[str, Any], width: int) -> M
 
 
 def _budget(results: dict[str, Any], width: int) -> Markup:
-    points = sorted((b["upper"], b["psnr"]) for b in results["budgets"])
+    points = sorted((b["worst_case"]["upper"], b["psnr"]) for b in results["budgets"])
     label = "Held-out PSNR against the certified bound of networks trained for different budgets"
     line = Line("", points, "ours")
     return line_chart([line], width, 260, "certified bound", "held-out PSNR, dB", log_x=True, dots=True, label=label)
@@ -112,6 +112,10 @@ def _images(results: dict[str, Any], methods: dict[str, Any], width: int) -> Mar
 
 def _method(name: str) -> str:
     return METHOD_NAMES.get(name, name)
+
+
+def _upper(value: float | None) -> str:
+    return "none" if value is None else "≤ " + at_most(value)
 
 
 def _value(value: float | None) -> float:

@@ -106,7 +106,7 @@ def train(
 
 
 def rise_and_fall(progress: float) -> float:
-    """Relative learning rate at `progress` in (0, 1]: a linear rise over the first tenth, then a cosine down to 0.003."""
+    """Relative learning rate at `progress` in (0, 1]: a linear rise for a tenth, then a cosine down to 0.003."""
     if progress < 0.1:
         return progress / 0.1
     return max(0.003, 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)))
