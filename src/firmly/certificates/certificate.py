@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from firmly.certificates.representation import BasisChoice
@@ -77,9 +78,7 @@ class Certificate:
         tensors = {"point": self.point, "perturbation": self.perturbation}
         if self.multipliers is not None:
             tensors["multipliers"] = self.multipliers
-        content = save(
-            {k: v.contiguous() for k, v in tensors.items()}, {"firmly": json.dumps({"format": FORMAT, **facts})}
-        )
+        content = save({k: stored(v) for k, v in tensors.items()}, {"firmly": json.dumps({"format": FORMAT, **facts})})
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -102,6 +101,9 @@ class Certificate:
                 raise VerificationError(
                     f"{path} was written in another format than {FORMAT}; certify the network again"
                 )
+            if facts["is_complex"]:
+                for name in ("point", "perturbation"):
+                    tensors[name] = torch.view_as_complex(tensors[name])
             facts["bounds"] = [Bound(**b) for b in facts["bounds"]]
             choice = facts["basis"]
             facts["basis"] = BasisChoice(choice["name"], tuple(choice["spatial"]), choice["operator"])
@@ -112,6 +114,11 @@ class Certificate:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise VerificationError(f"{path} is not a firmly certificate, or is damaged: {error}") from error
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """As safetensors holds it, which knows no complex128: real and imaginary parts along a last axis."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous()
 
 
 def asdict_shallow(cert: Certificate) -> dict:
