@@ -37,6 +37,19 @@ class Symbol:
         """Frobenius norm of every block, an upper bound of its spectral norm; shape (blocks,)."""
         return torch.linalg.vector_norm(self.value.detach(), dim=(1, 2))
 
+    def size(self) -> Tensor:
+        """An upper bound of the spectral norm of every block: sqrt(|.|_1 |.|_inf) (Schur), or Frobenius if smaller.
+
+        Errors are multiplied by it from map to map, so that a Frobenius norm alone would blow them up with the width.
+        """
+        frobenius = self.frobenius()
+        if min(self.value.shape[1:]) == 1:
+            return frobenius
+        entries = self.value.detach().abs()
+        schur = (entries.sum(1).amax(1) * entries.sum(2).amax(1)).sqrt()
+        schur = schur * (1 + _gamma(max(entries.shape[1:]), entries.dtype))
+        return torch.minimum(frobenius, schur)
+
     def __matmul__(self, other: Symbol) -> Symbol:
         if self.rows is not None and other.rows is not None:
             meet(self.columns, other.rows)
@@ -46,9 +59,8 @@ class Symbol:
         value = _matmul(self.value, other.value)
         error = None
         if self.error is not None and other.error is not None:
-            left, right = self.frobenius(), other.frobenius()
-            rounding = _gamma(self.value.shape[2], value.dtype) * left * right
-            error = self.error * (right + other.error) + left * other.error + rounding
+            rounding = _gamma(self.value.shape[2], value.dtype) * self.frobenius() * other.frobenius()
+            error = self.error * (other.size() + other.error) + self.size() * other.error + rounding
         rows = other.rows if self.rows is None else self.rows
         columns = self.columns if other.columns is None else other.columns
         return Symbol(value, error, rows, columns)
