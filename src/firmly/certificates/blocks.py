@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -35,6 +36,10 @@ class Blocks:
     @property
     def width(self) -> int:
         return self.columns[-1].stop if self.columns else self.inputs[-1].stop
+
+    def parts(self, averaged: bool = False) -> Iterator[Blocks]:
+        """These blocks as one piece, as they are or in the averaged form."""
+        yield sweep(self.system, self.basis, averaged=True) if averaged else self
 
 
 def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from firmly.certificates.blocks import Blocks
+from firmly.certificates.family import Family
 from firmly.errors import NotCertifiable
 
 START, BIAS, JOINT = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # d -> (x_0, b_0): one of them, or both equal to d
@@ -58,17 +59,17 @@ def virtual_network_bound(
 def best_leakage_bound(beta: Tensor, steps: Tensor, entry: Tensor | tuple[float, float] | None = None) -> float:
     """The smallest bound over geometric leakages eta_n = ratio^n; each of them is valid."""
     powers = torch.arange(len(steps) + 1, dtype=torch.float64)
-    ratios = torch.linspace(0.7, 1.3, 13, dtype=torch.float64)
+    ratios = torch.linspace(0.5, 2.5, 41, dtype=torch.float64)
     return min(virtual_network_bound(beta, steps, ratio**powers, entry) for ratio in ratios)
 
 
-def virtual_bound(blocks: Blocks) -> float:
+def virtual_bound(source: Blocks | Family) -> float:
     """The virtual-network bound of a traced forward-backward network with one input, in its common eigenbasis.
 
     The weights differ from those of an exact chain by rounding. With |e_n| <= drift_n (|v_{n-1}| + |d|) the error in
     front of R_n, the rest of the chain carries it to the output by at most the product of its norms.
     """
-    beta, steps, entry, drift = chain(blocks)
+    beta, steps, entry, drift = chain(source)
     norms = beta.abs().amax(1)
     inflow = (steps[:, None] * entry[:, 1]).abs().amax(1)
     inflow[0] = entry[:, 0].abs().max()
@@ -79,40 +80,47 @@ def virtual_bound(blocks: Blocks) -> float:
     return best_leakage_bound(beta, steps, entry) * (1 + 1e-12 * len(steps) ** 2) + carried * (1 + 1e-9)
 
 
-def chain(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chain(source: Blocks | Family) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(beta, steps, entry, drift) if z_n = beta_n v_{n-1} + steps_n h d on every block, with one channel and R_n firmly
     nonexpansive, up to an error in z_n of at most drift_n |(v_{n-1}, d)|.
 
     The first layer is the entry: z_1 = x_0 with x_0 = M_1 d and b_0 = h d.
     """
+    weights, data, drifts = zip(*(links(blocks) for blocks in source.parts()))
+    beta, gains, drift = torch.cat(weights, 1), torch.cat(data, 1), torch.stack(drifts).amax(0)
+    later = gains[1:]
+    h = later[int(later.abs().amax(1).argmax())] if len(later) else torch.zeros_like(gains[0])
+    size = torch.linalg.vector_norm(h).square().clamp(min=1e-300)
+    steps = torch.cat([torch.zeros(1, dtype=torch.float64), ((later @ h.conj()) / size).real])
+    unexplained = (gains - steps[:, None] * h).abs().amax(1)
+    unexplained[0] = 0.0
+    drift = drift + unexplained
+    scale = torch.maximum(beta.abs().amax(1), gains.abs().amax(1)).clamp(min=1e-300)
+    if float((drift / scale).max()) > 1e-9:
+        raise NotCertifiable(NO_CHAIN)
+    return beta, steps, torch.stack([gains[0], h], dim=1), drift * (1 + 1e-12)
+
+
+NO_CHAIN = "the network is no chain x_n = R_n(W_n x_{n-1} + t_n b) with symmetric W_n and one bias b from the data"
+
+
+def links(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Real weights of v_{n-1} and gains of d in every z_n, (layers, blocks), and a bound of what else is in z_n."""
     layers = len(blocks.rows)
     if layers == 0 or blocks.width != layers + 1 or any(tuple(s) != (0.0, 1.0) for s in blocks.slopes):
         raise NotCertifiable("the virtual network takes one input, one channel, and firmly nonexpansive layers")
+    expected = torch.zeros(blocks.width, dtype=torch.complex128)
+    expected[-1] = 1.0
+    if not bool((blocks.output.value == expected).all()):
+        raise NotCertifiable(NO_CHAIN)
     count = max(r.value.shape[0] for r in [*blocks.rows, blocks.output])
     rows = torch.cat([r.value.expand(count, -1, -1).to(torch.complex128) for r in blocks.rows], dim=1)
     beta = torch.ones(layers, count, dtype=torch.float64)
+    explained = torch.zeros_like(rows)
+    explained[:, :, 0] = rows[:, :, 0]
     for n in range(1, layers):
         beta[n] = rows[:, n, n].real
-    gains = rows[:, :, 0].T  # (layers, blocks)
-    later = gains[1:]
-    h = later[int(later.abs().amax(1).argmax())] if len(later) else torch.zeros(count, dtype=torch.complex128)
-    size = torch.linalg.vector_norm(h).square().clamp(min=1e-300)
-    steps = torch.cat([torch.zeros(1, dtype=torch.float64), ((later @ h.conj()) / size).real])
-
-    explained = torch.zeros_like(rows)
-    explained[:, :, 0] = (steps[:, None] * h).T
-    explained[:, 0, 0] = gains[0]
-    for n in range(1, layers):
-        explained[:, n, n] = beta[n]
-    difference = torch.linalg.vector_norm(rows - explained, dim=2).amax(0)
-    expected = torch.zeros(blocks.width, dtype=torch.complex128)
-    expected[-1] = 1.0
-    if float((difference / rows.abs().amax((0, 2)).clamp(min=1e-300)).max()) > 1e-9 or not bool(
-        (blocks.output.value == expected).all()
-    ):
-        raise NotCertifiable(
-            "the network is no chain x_n = R_n(W_n x_{n-1} + t_n b) with symmetric W_n and one bias b from the data"
-        )
+        explained[:, n, n] = beta[n].to(torch.complex128)
     errors = [0.0 if r.error is None else float(r.error.max()) for r in blocks.rows]
-    drift = difference * (1 + 1e-12) + torch.tensor(errors, dtype=torch.float64)
-    return beta, steps, torch.stack([gains[0], h], dim=1), drift
+    drift = torch.linalg.vector_norm(rows - explained, dim=2).amax(0) + torch.tensor(errors, dtype=torch.float64)
+    return beta, rows[:, :, 0].T, drift

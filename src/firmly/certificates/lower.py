@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from firmly.certificates.blocks import Blocks
+from firmly.certificates.family import Family
 from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.signal import arguments
@@ -130,7 +130,7 @@ def lower_bound(
     names: Sequence[str],
     is_complex: bool,
     choice: BasisChoice,
-    blocks: Blocks,
+    family: Family,
     budget_s: float,
 ) -> AttainedPair:
     """The largest ratio found: worst directions of linear regimes at several sizes, then ascent from the best.
@@ -146,7 +146,7 @@ def lower_bound(
     origin = torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)]
-    waves = regime_directions(choice, blocks, is_complex)
+    waves = regime_directions(choice, family, is_complex)
     directions += [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
     trials = []
     output = run(origin)
@@ -169,19 +169,20 @@ def lower_bound(
 SIZES = (1e-3, 1.0, 1e3, 1e6)
 
 
-def regime_directions(choice: BasisChoice, blocks: Blocks, is_complex: bool) -> list[Tensor]:
+def regime_directions(choice: BasisChoice, family: Family, is_complex: bool) -> list[Tensor]:
     """Worst inputs of the linear regimes with all slopes at one end, for a dense or a Fourier basis."""
     if choice.name not in ("dense", "fourier"):
         return []
-    family = pencil(blocks, per_channel=False)
+    index = family.search_index()
+    searched = pencil(family.blocks(index), per_channel=False)
     found = []
-    for slopes in (family.high, family.low):
-        index, direction = worst_direction(family, slopes)
+    for slopes in (searched.high, searched.low):
+        block, direction = worst_direction(searched, slopes)
         if choice.name == "dense":
             found.append(direction)
             continue
         last = choice.spatial[-1] if is_complex else choice.spatial[-1] // 2 + 1
-        place = torch.unravel_index(torch.tensor(index), (*choice.spatial[:-1], last))
+        place = torch.unravel_index(family.representatives[index[block]], (*choice.spatial[:-1], last))
         spectrum = torch.zeros(len(direction), *choice.spatial, dtype=torch.complex128)
         spectrum[(slice(None), *place)] = direction.to(torch.complex128)
         wave = torch.fft.ifftn(spectrum, dim=tuple(range(1, spectrum.dim())))

@@ -41,23 +41,22 @@ def minimise_rho(
         rho = float(pencil.required(mu).max())
         return SpectralResult(rho, rho, mu, 0, 0)
     deadline = time.monotonic() + budget_s
-    search = pencil.select(representatives(pencil))
     mu = causal_multipliers(pencil) if start is None else start
-    values = search.required(mu)
+    values = pencil.required(mu)
     if not bool(values.isfinite().all()) and start is not None:
         return minimise_rho(pencil, tolerance, budget_s)
     rho = float(values.max())
     if not 0 < rho < math.inf:  # nothing to improve, or nothing to start from
         return SpectralResult(rho, 0.0, mu, 0, 0)
-    working = torch.unique(torch.cat([spread(len(search), 64), worst(values, 64)]))
+    working = torch.unique(torch.cat([spread(len(pencil), 64), worst(values, 64)]))
     relaxed, rounds = 0.0, 0
     while time.monotonic() < deadline:
         rounds += 1
-        trial, relaxed_here = smoothed_newton(search.select(working), mu, 0.3 * tolerance, deadline)
+        trial, relaxed_here = smoothed_newton(pencil.select(working), mu, 0.3 * tolerance, deadline)
         relaxed = max(relaxed, relaxed_here)
         for share in (1.0, 0.7, 0.3, 0.1):  # the incumbent is feasible everywhere, the trial on the working set
             mixed = mu + share * (trial - mu)
-            trial_values = search.required(mixed)
+            trial_values = pencil.required(mixed)
             if share == 1.0:
                 values = trial_values
             if float(trial_values.max()) < rho:
@@ -69,19 +68,7 @@ def minimise_rho(
         if len(larger) == len(working):
             break
         working = larger
-    return SpectralResult(float(pencil.required(mu).max()), relaxed, mu, rounds, len(working))
-
-
-def representatives(pencil: Pencil) -> Tensor:
-    """One block of every group of numerically equal ones (symmetric frequencies); only the search is thinned so."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.cat([pencil.Z, pencil.O], dim=1).flatten(1)
-    probe = torch.randn(features.shape[1], 2, generator=generator, dtype=torch.float64)
-    marks = torch.cat([features.real @ probe, features.imag @ probe], 1) if features.is_complex() else features @ probe
-    keys = torch.round(marks / marks.abs().max().clamp(min=1e-300) * 1e9).to(torch.int64)
-    _, group = torch.unique(keys, dim=0, return_inverse=True)
-    first = torch.full((int(group.max()) + 1,), len(keys))
-    return first.scatter_reduce_(0, group, torch.arange(len(keys)), reduce="amin")
+    return SpectralResult(rho, relaxed, mu, rounds, len(working))
 
 
 def causal_multipliers(pencil: Pencil) -> Tensor:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from firmly.certificates.blocks import Blocks, sweep
+from firmly.certificates.blocks import Blocks
 from firmly.certificates.certificate import Certificate
+from firmly.certificates.family import Family
 from firmly.certificates.lower import as_function, measured
 from firmly.certificates.norm_bounds import NORM_BOUNDS
 from firmly.certificates.pencil import Pencil, pencil
@@ -28,26 +29,31 @@ from firmly.errors import FirmlyError, VerificationError
 UNIT = torch.finfo(torch.float64).eps
 
 
-def certified_gain(blocks: Blocks, mu: Tensor, per_channel: bool, rho: float | None = None) -> float:
+def certified_gain(source: Blocks | Family, mu: Tensor, per_channel: bool, rho: float | None = None) -> float:
     """The smallest verified sqrt(rho), rounded up; infinite if these multipliers prove nothing.
 
     Starts from `rho` (or from the value that floating point suggests) and enlarges it, by parts in 10^12 up to one in
     100, until the factorisations of all blocks succeed.
     """
-    family = pencil(blocks, per_channel)
-    if mu.numel() != family.multipliers or bool((mu < 0).any()) or not bool(mu.isfinite().all()):
+    if bool((mu < 0).any()) or not bool(mu.isfinite().all()):
         return math.inf
-    errors = entry_errors(blocks, family)
     if rho is None:
-        rho = float(family.required(mu).max())
+        rho = max(float(pencil(part, per_channel).required(mu).max()) for part in source.parts())
     if not math.isfinite(rho):
         return math.inf
     rho = max(rho, 1e-300)
-    for excess in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-        enlarged = rho * (1 + excess)
-        if holds(family, errors, enlarged, mu):
-            return math.sqrt(enlarged) * (1 + 2 * UNIT)
-    return math.inf
+    excesses = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    needed = 0
+    for part in source.parts():
+        family = pencil(part, per_channel)
+        if mu.numel() != family.multipliers:
+            return math.inf
+        errors = entry_errors(part, family)
+        while not holds(family, errors, rho * (1 + excesses[needed]), mu):
+            needed += 1
+            if needed == len(excesses):
+                return math.inf
+    return math.sqrt(rho * (1 + excesses[needed])) * (1 + 2 * UNIT)
 
 
 def entry_errors(blocks: Blocks, family: Pencil) -> tuple[Tensor, Tensor]:
@@ -159,7 +165,7 @@ def check(cert: Certificate, net: nn.Module) -> None:
 @torch.no_grad()
 def recomputed_upper(system: System, cert: Certificate) -> float:
     basis = make_basis(cert.basis, system)
-    blocks = sweep(relaxed(system, basis)[0], basis)
+    family = Family(relaxed(system, basis)[0], basis)
     if cert.multipliers is None:
-        return NORM_BOUNDS[cert.method](blocks)
-    return certified_gain(blocks, cert.multipliers, cert.per_channel, cert.upper**2)
+        return NORM_BOUNDS[cert.method](family)
+    return certified_gain(family, cert.multipliers, cert.per_channel, cert.upper**2)
