@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from firmly.certificates.blocks import Blocks, sweep
 from firmly.certificates.norm_bounds import averaged_bound, product_bound

@@ -85,11 +85,15 @@ def change_gradient(net: Network, y: Tensor, d: Tensor, origin: Tensor) -> tuple
 
 @torch.no_grad()
 def measured(net: Network, y: Tensor, d: Tensor, origin: Tensor | None = None) -> Attack:
-    """The change that d causes, with d as the difference of the two inputs in floating point."""
+    """The change that d causes, with d as the difference of the two inputs in floating point.
+
+    The rounding of the two outputs, a few units of their last place, is taken off the change.
+    """
     origin = net(y) if origin is None else origin
     moved = y + d
-    actual = moved - y
-    change, size = float((net(moved) - origin).norm()), float(actual.norm())
+    actual, output = moved - y, net(moved)
+    rounding = 16 * torch.finfo(output.dtype).eps * float(output.norm() + origin.norm())
+    change, size = max(float((output - origin).norm()) - rounding, 0.0), float(actual.norm())
     return Attack(actual, change, change / size if size > 0 and math.isfinite(change) else 0.0)
 
 
