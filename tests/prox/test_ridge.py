@@ -10,6 +10,7 @@ from firmly.errors import ConditionError, NotDiagonal, ShapeError
 from firmly.linear import DenseBasis, FourierBasis
 from firmly.prox import Clip, LinearSpline, Ridge, dct_filters, peak_power, ridge_gradient
 from firmly.prox.filter_bank import gain, power
+from firmly.prox.ridge import real_transform
 
 
 def random_ridge(
@@ -244,3 +245,12 @@ def test_refusals():
         Ridge(dct_filters(3), Clip(8, 0.1), cap=0.0)
     with pytest.raises(ShapeError, match="spatial"):
         Ridge(dct_filters(3), Clip(8, 0.1))(torch.rand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5), (1, 2, 4, 6), (1, 1, 3, 5), (1, 1, 2, 3, 4)])
+def test_real_transform_has_the_derivatives_of_rfftn(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    axes = tuple(range(2, len(shape)))
+    assert torch.equal(real_transform(x), torch.fft.rfftn(x, dim=axes))
+    assert torch.autograd.gradcheck(real_transform, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(real_transform, x)
