@@ -233,8 +233,14 @@ class Signal:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __pow__(self, other: Any) -> Any:
-        raise self.tracer.refuse("a power of a traced value (its slope depends on its size)")
+    def __abs__(self) -> Any:
+        return torch.abs(self)  # type: ignore[arg-type]
+
+    def __pow__(self, *_: Any) -> Any:
+        raise self.tracer.refuse("a power, reciprocal, remainder or logical combination of a traced value")
+
+    __rpow__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__
+    __and__ = __or__ = __xor__ = __invert__ = __pow__
 
     def __bool__(self, *_: Any) -> bool:
         raise self.tracer.refuse("a decision that depends on the data")
