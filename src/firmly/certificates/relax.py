@@ -197,10 +197,12 @@ class Relaxation:
             if not self.has_coordinates(node.shape):
                 raise NotDiagonal(f"a value of shape {node.shape} has no coordinates in the {self.basis.name} basis")
             old = self.old.nodes[-1 - value]
-            name = f"{old.name if isinstance(old, Input) else 'input'} through {type(node.map).__name__}"
+            name = old.name if isinstance(old, Input) else "input"  # kept, so that bounds know whose part it is
             source = self.new.append(Input(name, node.shape, self.old.is_complex))
             self._hidden[key] = self.new.append(Sum(((node.map.norm().upper, source),), node.shape))
-            self.relaxed.append(f"the {name} known only by its norm {node.map.norm().upper:.4g}")
+            self.relaxed.append(
+                f"the {name} through {type(node.map).__name__} known only by its norm {node.map.norm().upper:.4g}"
+            )
         return self._hidden[key]
 
     def scale_hidden_inputs(self) -> None:
