@@ -54,20 +54,24 @@ def spectral(blocks: Blocks, per_channel: bool, tolerance: float = 1e-8) -> floa
     return min(certified_gain(blocks, (1 - s) * result.mu + s * interior, per_channel) for s in (0, 1e-9, 1e-7, 1e-5))
 
 
+@torch.no_grad()
 def all_bounds(system: System, basis: Basis | None = None, tolerance: float = 1e-8) -> dict[str, float]:
     blocks = blocks_of(system, basis)
-    return {
+    found = {
         "product": product_bound(blocks),
         "averaged": averaged_bound(blocks),
         "layer": spectral(blocks, per_channel=False, tolerance=tolerance),
-        "neuron": spectral(blocks, per_channel=True, tolerance=tolerance),
     }
+    if basis is None or basis.name in ("dense", "fourier"):
+        found["neuron"] = spectral(blocks, per_channel=True, tolerance=tolerance)
+    return found
 
 
 def bounds(net, shape, wrt=None, basis: Basis | None = None, tolerance: float = 1e-8) -> dict[str, float]:
     return all_bounds(system_of(net, shape, wrt), basis, tolerance)
 
 
+@torch.no_grad()
 def exact(blocks: Blocks) -> float:
     """The largest gain over all slope patterns, each slope at one of its ends: the norm is convex and multi-affine in
     the slopes, so that this is exact for separable nonlinearities with free shifts; for a dense basis."""

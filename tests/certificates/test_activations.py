@@ -53,10 +53,10 @@ EXACT = {
     "mish": F.mish,
 }
 MODULES = [
-    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(1.7), nn.ELU(2.0), nn.SELU(), nn.CELU(0.3), nn.GELU(), 
-    nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh(), nn.Softsign(), nn.Tanhshrink(),
-    nn.Softplus(beta=0.5), nn.Softshrink(), nn.LogSigmoid(), nn.ReLU6(), nn.Hardtanh(-1, 3), nn.PReLU(init=1.4),
-    nn.Dropout().eval(),
+    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(1.7), nn.ELU(2.0), nn.SELU(), nn.CELU(0.3), nn.GELU(),
+    nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh(), nn.Softsign(),
+    nn.Tanhshrink(), nn.Softplus(beta=0.5), nn.Softshrink(), nn.LogSigmoid(), nn.ReLU6(), nn.Hardtanh(-1, 3),
+    nn.PReLU(init=1.4), nn.Dropout().eval(),
 ]  # fmt: skip
 
 
