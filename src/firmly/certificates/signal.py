@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firmly.certificates.obstacles import PREFIX, refusal, step_over
 from firmly.certificates.system import Coefficient, Input, Linear, Nonlinear, Sum, System
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.map import LinearMap
@@ -44,13 +45,14 @@ class Tracer:
     def __init__(self, is_complex: bool):
         self.system = System(is_complex=is_complex)
         self.path: list[str] = []
+        self.obstacles: list[str] = []
         self._linear: dict[tuple[int, int], int] = {}
 
     def where(self) -> str:
         return self.path[-1] if self.path else "the network itself"
 
     def refuse(self, what: str) -> NotCertifiable:
-        return NotCertifiable(f"no sound bound is known for {what}, met in {self.where()}")
+        return NotCertifiable(f"{PREFIX}{what}, met in {self.where()}")
 
 
 class Memory:
@@ -130,6 +132,13 @@ class Signal:
 
         kwargs = kwargs or {}
         signals = signals_in((args, kwargs))
+        try:
+            return cls._recorded(function, signals, args, kwargs)
+        except NotCertifiable as error:
+            return step_over(error, signals[0], function, args, kwargs)
+
+    @staticmethod
+    def _recorded(function: Callable, signals: list[Signal], args: tuple, kwargs: dict) -> Any:
         tracer = signals[0].tracer
         name = getattr(function, "__name__", repr(function))
         if function not in HANDLERS:
@@ -145,7 +154,11 @@ class Signal:
             raise tracer.refuse(f"the operation '{name}' with these arguments")
         if kwargs.get("inplace"):
             return signals[0].overwritten(result)
-        return Signal(tracer, result.node, signals[0]._memory if function in VIEWS else None)
+        if function not in VIEWS:
+            return result if isinstance(result, tuple) else Signal(tracer, result.node)
+        if isinstance(result, tuple):
+            return tuple(Signal(tracer, part.node, signals[0]._memory) for part in result)
+        return Signal(tracer, result.node, signals[0]._memory)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,7 +250,8 @@ class Signal:
         return torch.abs(self)  # type: ignore[arg-type]
 
     def __pow__(self, *_: Any) -> Any:
-        raise self.tracer.refuse("a power, reciprocal, remainder or logical combination of a traced value")
+        error = self.tracer.refuse("a power, reciprocal, remainder or logical combination of a traced value")
+        return step_over(error, self, torch.abs, (self,), {})
 
     __rpow__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__
     __and__ = __or__ = __xor__ = __invert__ = __pow__
@@ -280,7 +294,7 @@ def trace(
     `inputs` gives the shape (without batch) of arguments of `module.forward`; the first is passed by position. An
     argument that is not in `wrt` is left to its default if it has one, else it is held fixed at an unknown value. The
     module is run in double precision on a copy, unless `keep_gradients` asks for a differentiable trace of the module
-    itself.
+    itself. Raises `NotCertifiable` with the list of all operations that no bound is known for.
     """
     traced = module if keep_gradients else copy.deepcopy(module).double().cpu()
     tracer = Tracer(is_complex)
@@ -288,8 +302,17 @@ def trace(
     signals = {}
     for name in given:
         signals[name] = Signal(tracer, tracer.system.append(Input(name, tuple(inputs[name]), is_complex)))
-    with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer):
-        result = traced(signals.pop(given[0]), **signals)
+    try:
+        with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer):
+            result = traced(signals.pop(given[0]), **signals)
+    except Exception as error:
+        if not tracer.obstacles:
+            raise
+        if isinstance(error, NotCertifiable):
+            tracer.obstacles.append(str(error))
+        raise refusal(tracer.obstacles, stopped=True) from error
+    if tracer.obstacles:
+        raise refusal(tracer.obstacles, stopped=False)
     if isinstance(result, Tensor):
         raise NotCertifiable(UNMOVED.format(list(wrt)))
     if not isinstance(result, Signal):
