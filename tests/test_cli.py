@@ -179,8 +179,12 @@ def test_list_and_doctor_and_bench(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="in a checkout"):
         call("bench")
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "nothing.py").write_text("print('measured')")
-    assert call("bench", "nothing").exit_code == 0
+    (tmp_path / "benchmarks" / "nothing.py").touch()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(
+        "import sys; sys.exit(sys.argv[1:] != ['nothing', 'quick=true'])"
+    )
+    assert call("bench", "nothing", "quick=true").exit_code == 0
+    assert call("bench", "nothing").exit_code == 1
     with pytest.raises(SettingsError, match="no claim 'something'"):
         call("bench", "something")
 

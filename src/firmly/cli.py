@@ -116,11 +116,13 @@ def runs_(
 
 
 @app.command()
-def bench(claim: Annotated[str | None, typer.Argument(help="One claim; all of them if none is given.")] = None) -> None:
+def bench(
+    claims: Annotated[list[str] | None, typer.Argument(help="Claims (all if none is given), and quick=true.")] = None,
+) -> None:
     """Measure the claims of the documentation (in a checkout of the repository)."""
     from firmly.lab.commands import run_benchmarks
 
-    raise typer.Exit(run_benchmarks(claim, out))
+    raise typer.Exit(run_benchmarks(claims or [], out))
 
 
 @app.command()

@@ -227,23 +227,18 @@ def compare_runs(folders: Sequence[Path], out: Console) -> None:
     out.print(table)
 
 
-def run_benchmarks(claim: str | None, out: Console) -> int:
+def run_benchmarks(arguments: list[str], out: Console) -> int:
     """Run `benchmarks/` of a checkout; returns its exit code."""
     folder = Path("benchmarks")
     known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     if not known:
         raise SettingsError("the benchmarks are in the repository, not in the package: run this in a checkout")
-    runner = [sys.executable, "-m", "benchmarks"] if (folder / "__main__.py").exists() else None
-    if claim is not None and claim not in known:
-        raise SettingsError(f"there is no claim {claim!r}; there are {', '.join(k for k in known)}")
-    commands = [[*runner, *([claim] if claim else [])]] if runner else [
-        [sys.executable, str(folder / f"{name}.py")] for name in ([claim] if claim else known)
-    ]  # fmt: skip
-    for command in commands:
-        out.print(" ".join(command), style="dim")
-        if code := subprocess.run(command).returncode:
-            return code
-    return 0
+    for claim in arguments:
+        if "=" not in claim and claim not in known:
+            raise SettingsError(f"there is no claim {claim!r}; there are {', '.join(known)}")
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    out.print(" ".join(["python", *command[1:]]), style="dim")
+    return subprocess.run(command).returncode
 
 
 def examine(out: Console) -> int:

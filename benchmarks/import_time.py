@@ -1,0 +1,38 @@
+"""Import time.
+
+A fresh interpreter each time, statements in turn. `import firmly` loads its rooms when they are first used; the third row loads
+all of the core.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.runner.results import Result, Table, Target
+from benchmarks.runner.timing import medians
+
+ROOMS = ("linear", "prox", "algorithms", "fixedpoint", "networks", "certificates")
+CORE = "import " + ", ".join(f"firmly.{room}" for room in ROOMS)
+STATEMENTS = {"import torch": "import torch", "import firmly": "import firmly", "all core rooms": CORE}
+
+
+def measure(quick: bool) -> Result:
+    subprocess.run([sys.executable, "-c", CORE], check=True)  # writes the byte code, fills the cache of the disk
+    seconds = medians({name: importing(code) for name, code in STATEMENTS.items()}, repeats=1 if quick else 7)
+    ratios = {name: value / seconds["import torch"] for name, value in seconds.items()}
+    rows = [{"statement": name, "seconds": seconds[name], "ratio to torch": ratios[name]} for name in seconds]
+    return Result(
+        [Table("Medians of seven interpreters", rows)],
+        [
+            Target(
+                "all core rooms below 1.3 times `import torch`",
+                f"{ratios['all core rooms']:.2f}",
+                ratios["all core rooms"] < 1.3,
+            )
+        ],  # fmt: skip
+    )
+
+
+def importing(code: str):
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True)

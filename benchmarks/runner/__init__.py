@@ -1,0 +1,1 @@
+"""What every claim is measured and written with."""
