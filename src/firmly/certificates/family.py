@@ -29,6 +29,7 @@ class Family:
         self.system = system
         self.basis = basis
         self.representatives = torch.arange(basis.blocks)
+        self.group = torch.arange(basis.blocks)  # position among the representatives of the one that stands for a block
         self._symbols: dict[int, Symbol] = {}
         originals = {id(m): m for m in (m.of if isinstance(m, Adjoint) else m for m in system.maps)}
         if sum(self._entries(m) for m in originals.values()) <= KEPT_ENTRIES:
@@ -83,7 +84,7 @@ class Family:
         _, group = torch.unique(torch.round(marks * 1e12).to(torch.int64), dim=0, return_inverse=True)
         count = int(group.max()) + 1
         first = torch.full((count,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), reduce="amin")
-        self.representatives = first
+        self.representatives, self.group = first, group
         self._symbols = {key: self._merged(symbol, group) for key, symbol in self._symbols.items()}
 
     def _merged(self, symbol: Symbol, group: Tensor) -> Symbol:
