@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firmly.certificates import activations  # noqa: F401  (registers its rules)
+from firmly.certificates import activations, normalisation, pooling  # noqa: F401  (register their rules)
+from firmly.certificates.pooling import along_axes, per_axis
 from firmly.certificates.signal import Signal, Tracer, handles
-from firmly.certificates.torch_maps import Rearrange, TorchConvolution, rearrange
+from firmly.certificates.torch_maps import AxisMaps, Rearrange, TorchConvolution
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap, apply
@@ -107,14 +108,44 @@ def concatenate(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
     return parts[0][1].combined(parts)
 
 
+@handles(torch.stack, joins=True)
+def stack(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
+    return torch.cat([t.unsqueeze(dim) for t in tensors], dim)
+
+
+@handles(torch.masked_fill, torch.Tensor.masked_fill)
+def masked_fill(tracer: Tracer, x: Signal, mask: Tensor, value: Any) -> Any:
+    """Constant where the mask is true."""
+    return (
+        multiply(tracer, x, (~mask).double())
+        if isinstance(value, Real) and mask.dtype == torch.bool
+        else NotImplemented
+    )
+
+
+@handles(torch.where, torch.Tensor.where, joins=True)
+def where(tracer: Tracer, condition: Any, a: Any, b: Any) -> Any:
+    """A choice that does not depend on the input: a masked sum of the two branches."""
+    if isinstance(condition, Signal):
+        raise tracer.refuse("a choice that depends on the data")
+    masks = (condition.double(), (~condition).double())
+    parts = [multiply(tracer, part, mask) for part, mask in zip((a, b), masks) if isinstance(part, Signal)]
+    return parts[0].combined([(1.0, part) for part in parts])
+
+
 # -- shapes --------------------------------------------------------------------------------------------------------
 
 
-def rearranged(x: Signal, function: Any) -> Signal:
-    result = function(torch.empty(x.shape, device="meta"))
-    if result.dim() == 0 or result.shape[0] != 1:
-        raise x.tracer.refuse(f"a change of shape that moves the batch: {tuple(x.shape)} -> {tuple(result.shape)}")
-    return x.linear(rearrange(x.shape[1:], function))
+def rearranged(x: Signal, function: Any) -> Any:
+    """One value, or several where the function cuts into pieces."""
+    numbers = torch.arange(x.numel()).reshape(x.shape) + 1  # 0 stands for what the function fills with zeros
+    result = function(numbers)
+    for part in result if isinstance(result, (tuple, list)) else (result,):
+        if part.dim() == 0 or part.shape[0] != 1:
+            raise x.tracer.refuse(f"a change of shape that moves the batch: {tuple(x.shape)} -> {tuple(part.shape)}")
+    if isinstance(result, (tuple, list)):
+        return tuple(x.linear(Rearrange(x.shape[1:], part[0] - 1)) for part in result)
+    return x.linear(Rearrange(x.shape[1:], result[0] - 1))
 
 
 for _function in (
@@ -123,6 +154,11 @@ for _function in (
     *(torch.permute, torch.Tensor.permute, torch.transpose, torch.Tensor.transpose, torch.movedim),
     *(torch.flip, torch.roll, torch.Tensor.roll, torch.Tensor.flip, torch.Tensor.unflatten, torch.Tensor.__getitem__),
     *(torch.narrow, torch.Tensor.narrow, torch.Tensor.expand, torch.pixel_shuffle, torch.pixel_unshuffle),
+    *(torch.select, torch.Tensor.select, torch.index_select, torch.Tensor.index_select, torch.Tensor.repeat),
+    *(torch.tile, torch.repeat_interleave, torch.Tensor.repeat_interleave, torch.swapaxes, torch.Tensor.swapaxes),
+    *(torch.channel_shuffle, torch.rot90, torch.diagonal, torch.tril, torch.triu, torch.Tensor.movedim, torch.ravel),
+    *(torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split, torch.tensor_split, torch.unbind),
+    *(torch.Tensor.unbind, torch.broadcast_to, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as),
 ):
 
     @handles(_function, views=True)
@@ -157,8 +193,7 @@ def dropout(tracer: Tracer, x: Signal, p: float = 0.5, training: bool = True, in
 
 @handles(F.pad)
 def pad(tracer: Tracer, x: Signal, pad: Any, mode: str = "constant", value: float | None = None) -> Signal:
-    fill = {"value": -1.0} if mode == "constant" else {}
-    return rearranged(x, lambda numbers: F.pad(numbers.double(), pad, mode, **fill).round().long())
+    return rearranged(x, lambda numbers: F.pad(numbers.double(), pad, mode).round().long())
 
 
 # -- products with weights -----------------------------------------------------------------------------------------
@@ -166,16 +201,29 @@ def pad(tracer: Tracer, x: Signal, pad: Any, mode: str = "constant", value: floa
 
 @handles(F.linear)
 def linear(tracer: Tracer, x: Signal, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if x.dim() != 2:
+    if x.dim() < 2 or weight.dim() != 2:
         return NotImplemented
-    return x.linear(Dense(weight))
+    return along_axis(x, weight, x.dim() - 1)
 
 
-@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
-def matmul(tracer: Tracer, a: Signal, b: Any) -> Any:
-    if isinstance(b, Tensor) and a.dim() == 2 and b.dim() == 2:
-        return a.linear(Dense(b.T))
-    return NotImplemented
+def along_axis(x: Signal, weight: Tensor, axis: int) -> Signal:
+    """The matrix `weight` (out, in) applied along one axis, the same for all indices of the others."""
+    if x.dim() == 2:
+        return x.linear(Dense(weight))
+    return x.linear(AxisMaps(x.shape[1:], [weight if a == axis else None for a in range(1, x.dim())]))
+
+
+@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm, joins=True)
+def matmul(tracer: Tracer, a: Any, b: Any) -> Any:
+    """With a constant matrix on one side; a product of two traced values has no bounded slope."""
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        raise tracer.refuse("the product of two traced values (its slope depends on their size)")
+    weight, x = (b, a) if isinstance(a, Signal) else (a, b)
+    if weight.dim() == 3 and len(weight) == 1:
+        weight = weight[0]
+    if weight.dim() != 2 or x.dim() < (2 if x is a else 3):
+        return NotImplemented
+    return along_axis(x, weight.T, x.dim() - 1) if x is a else along_axis(x, weight, x.dim() - 2)
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)
@@ -207,6 +255,31 @@ def convolution(
     return x.linear(TorchConvolution(weight, x.shape[2:], stride, padding, dilation, groups))
 
 
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def transposed_convolution(
+    tracer: Tracer,
+    x: Signal,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """The adjoint of a convolution from the output to the input."""
+    rank = weight.dim() - 2
+    if x.dim() != rank + 2:
+        return NotImplemented
+    stride, padding, dilation = per_axis(stride, rank), per_axis(padding, rank), per_axis(dilation, rank)
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, per_axis(output_padding, rank))
+    spatial = [(n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, k, s, p, d, extra in sizes]
+    adjoint = TorchConvolution(weight, spatial, stride, padding, dilation, groups)
+    if adjoint.codomain != tuple(x.shape[1:]):
+        raise tracer.refuse("a transposed convolution with an output padding as large as its stride")
+    return x.linear(adjoint.T)
+
+
 def circular_origin(
     tracer: Tracer, x: Signal, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Signal | None:
@@ -224,27 +297,3 @@ def circular_origin(
     numbers = torch.arange(origin.numel()).reshape(origin.shape).double()
     wrapped = F.pad(numbers, amounts, "circular")[0].round().long()
     return origin if torch.equal(wrapped.flatten(), node.map.index) else None  # type: ignore[union-attr]
-
-
-def per_axis(value: Any, rank: int) -> tuple[int, ...]:
-    return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),) * rank
-
-
-@handles(F.batch_norm)
-def batch_norm(
-    tracer: Tracer,
-    x: Signal,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Signal:
-    """In evaluation mode: weight / sqrt(var + eps), channel by channel."""
-    if training or running_var is None:
-        raise tracer.refuse("batch normalisation in training mode (call .eval() on the network first)")
-    factor = torch.rsqrt(running_var.double() + eps)
-    factor = factor if weight is None else factor * weight.double()
-    return x.linear(Diagonal(factor.reshape(-1, *[1] * (x.dim() - 2)), x.shape[1:]))

@@ -121,6 +121,8 @@ class Relaxation:
             if slope.low >= 0 and float(only.coefficient) == 1.0 and only.value >= 0:
                 return [Term(1.0, None, only.value, slope, only.map, index)]
         parent = self.realised(value, self.old.nodes[node.parent].shape)
+        if not self.has_coordinates(node.shape):  # pooling leaves the grid
+            raise NotDiagonal(f"a value of shape {node.shape} has no coordinates in the {self.basis.name} basis")
         return self.new.append(Nonlinear(parent, node.slope, node.structure, node.where, node.shape))
 
     # -- pending terms -----------------------------------------------------------------------------------------

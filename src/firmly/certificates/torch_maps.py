@@ -10,7 +10,7 @@ from torch import Tensor
 
 from firmly.linear.basis import Basis, Dense, Fourier
 from firmly.linear.map import Bracket, LinearMap, Shape
-from firmly.linear.norms import norm_of_blocks
+from firmly.linear.norms import LARGEST_SYMBOL, norm_of_blocks
 from firmly.linear.symbol import Symbol
 
 
@@ -102,7 +102,73 @@ class TorchConvolution(LinearMap):
         return kernel
 
     def _upper(self) -> float:
-        kernel = self.full_kernel()
-        grid = [n + k - 1 for n, k in zip(self.domain[1:], kernel.shape[2:])]
-        response, error = Fourier(grid).response(kernel, [0] * len(grid))
+        kernel, stride = self.full_kernel(), self.stride
+        grid = [-(-(n + k - 1) // s) * s for n, k, s in zip(self.domain[1:], kernel.shape[2:], stride)]
+        if math.prod(grid) * math.prod(kernel.shape[:2]) > LARGEST_SYMBOL:  # Young: the matrix of sums of |kernel|
+            sums = kernel.abs().flatten(2).sum(2)
+            rounding = 4 * torch.finfo(torch.float64).eps * kernel[0, 0].numel() * torch.linalg.vector_norm(sums)
+            return norm_of_blocks(Symbol(sums[None], rounding.reshape(1))).upper
+        strided = math.prod(stride) > 1
+        response, error = Fourier(grid, full=strided).response(kernel, [0] * len(grid))
+        if strided:
+            response = aliased(response.unflatten(2, grid), stride)
         return norm_of_blocks(Symbol(response.permute(2, 0, 1), torch.linalg.vector_norm(error).reshape(1))).upper
+
+
+def aliased(response: Tensor, stride: Shape) -> Tensor:
+    """Blocks of a circular convolution that keeps every s-th pixel: the frequencies f + k N / s, k < s, meet in one.
+
+    Response (out, in, *grid) to (out, in * aliases, blocks): Y(f) = sum_k H(f + k N / s) X(f + k N / s) / sqrt(s), in
+    unitary coordinates, along each axis.
+    """
+    for axis, s in enumerate(stride):
+        size = response.shape[2 + axis]
+        response = response.unflatten(2 + axis, (s, size // s)).movedim(2 + axis, 1).flatten(1, 2)
+    return response.flatten(2) / math.sqrt(math.prod(stride))
+
+
+class AxisMaps(LinearMap):
+    """A matrix along every axis, one after the other: y = (M_1 x ... x M_k) x as a Kronecker product, None for 1.
+
+    Pooling, interpolation, sums over axes and matrices along the last axis are of this kind. The norm is the product
+    of the norms of the matrices. Their entries are taken as computed in double precision.
+    """
+
+    def __init__(self, domain: Sequence[int], matrices: Sequence[Tensor | None]):
+        pairs = [(n if m is None else len(m)) for n, m in zip(domain, matrices, strict=True)]
+        super().__init__(domain, pairs)
+        self.axes = tuple(axis for axis, m in enumerate(matrices) if m is not None)
+        for axis in self.axes:
+            self.hold(f"matrix{axis}", matrices[axis])
+
+    def _along(self, x: Tensor, axis: int, transposed: bool) -> Tensor:
+        matrix = getattr(self, f"matrix{axis}").to(x.dtype)
+        return torch.tensordot(x, matrix, dims=([axis + 1], [0 if transposed else 1])).movedim(-1, axis + 1)
+
+    def _apply_map(self, x: Tensor) -> Tensor:
+        for axis in self.axes:
+            x = self._along(x, axis, transposed=False)
+        return x
+
+    def _apply_adjoint(self, y: Tensor) -> Tensor:
+        for axis in self.axes:
+            y = self._along(y, axis, transposed=True)
+        return y
+
+    def _blocks(self, axis: int) -> Symbol:
+        matrix = getattr(self, f"matrix{axis}").double()
+        rounding = 64 * torch.finfo(torch.float64).eps * torch.linalg.vector_norm(matrix.detach())
+        return Symbol(matrix[None], rounding.reshape(1))
+
+    def _norm(self) -> Bracket:
+        factors = [norm_of_blocks(self._blocks(axis)) for axis in self.axes]
+        rounding = 1e-15 * (len(factors) + 1)
+        lower, upper = (math.prod(f[end] for f in factors) for end in (0, 1))
+        return Bracket(lower * (1 - rounding), upper * (1 + rounding))
+
+    def _symbol(self, basis: Basis) -> Symbol:
+        channels_only = isinstance(basis, Fourier) and self.axes == (0,) and len(self.domain) == len(basis.spatial) + 1
+        if channels_only and self.domain[1:] == basis.spatial:
+            symbol = self._blocks(0)
+            return basis.bounded(symbol.value, symbol.error)
+        return super()._symbol(basis)
