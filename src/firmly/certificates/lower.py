@@ -149,17 +149,17 @@ def lower_bound(
     shape = (1, *inputs[names[0]]) if len(names) == 1 else (1, sum(math.prod(inputs[n]) for n in names))
     origin = torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    directions = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)]
     waves = regime_directions(choice, family, is_complex)
-    directions += [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
-    trials = []
+    directions = [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
+    directions.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+    trials: list[Attack] = []
     output = run(origin)
-    for direction in directions:
-        unit = direction / direction.norm()
-        for size in SIZES:
-            trials.append(measured(run, origin, size * math.sqrt(direction.numel()) * unit, output))
-            if time.monotonic() > deadline:
+    for size in SIZES:  # every direction saturated is tried whatever the deadline: there the bracket closes, if it does
+        for direction in directions:
+            if time.monotonic() > deadline and len(trials) >= len(directions):
                 break
+            unit = direction / direction.norm()
+            trials.append(measured(run, origin, size * math.sqrt(direction.numel()) * unit, output))
     trials.sort(key=lambda a: -a.ratio)
     best = trials[0]
     for trial in trials[:2]:
@@ -169,8 +169,8 @@ def lower_bound(
     return AttainedPair(origin, best.perturbation, best.ratio)
 
 
-# Root-mean-square sizes of trial inputs: small, of the size of data, and where saturating activations are saturated.
-SIZES = (1e-3, 1.0, 1e3, 1e6)
+# Root-mean-square sizes of trial inputs: where saturating activations are saturated, of the size of data, and small.
+SIZES = (1e6, 1e3, 1.0, 1e-3)
 
 
 def regime_directions(choice: BasisChoice, family: Family, is_complex: bool) -> list[Tensor]:
