@@ -1,7 +1,7 @@
 """Import time.
 
-A fresh interpreter each time, statements in turn. `import firmly` loads its rooms when they are first used; the third row loads
-all of the core.
+A fresh interpreter each time, the statements in turn. `import firmly` loads its rooms when they are first used; the
+last row loads all of the core.
 """
 
 from __future__ import annotations
@@ -19,19 +19,13 @@ STATEMENTS = {"import torch": "import torch", "import firmly": "import firmly", 
 
 def measure(quick: bool) -> Result:
     subprocess.run([sys.executable, "-c", CORE], check=True)  # writes the byte code, fills the cache of the disk
-    seconds = medians({name: importing(code) for name, code in STATEMENTS.items()}, repeats=1 if quick else 7)
+    repeats = 1 if quick else 7
+    seconds = medians({name: importing(code) for name, code in STATEMENTS.items()}, repeats)
     ratios = {name: value / seconds["import torch"] for name, value in seconds.items()}
     rows = [{"statement": name, "seconds": seconds[name], "ratio to torch": ratios[name]} for name in seconds]
-    return Result(
-        [Table("Medians of seven interpreters", rows)],
-        [
-            Target(
-                "all core rooms below 1.3 times `import torch`",
-                f"{ratios['all core rooms']:.2f}",
-                ratios["all core rooms"] < 1.3,
-            )
-        ],  # fmt: skip
-    )
+    table = Table(f"Medians of {repeats}", rows)
+    core = ratios["all core rooms"]
+    return Result([table], [Target("all core rooms below 1.3 times `import torch`", f"{core:.2f}", core < 1.3)])
 
 
 def importing(code: str):

@@ -1,4 +1,4 @@
-"""What a claim returns, and the two files that are written from it: JSON for programs, Markdown for the documentation."""
+"""What a claim returns, and the two files written from it: JSON for programs, Markdown for the documentation."""
 
 from __future__ import annotations
 

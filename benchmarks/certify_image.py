@@ -1,0 +1,169 @@
+"""Certificates of image networks.
+
+Unrolled forward-backward for a periodic Gaussian blur of width 1.6 pixels with the Tikhonov weight 0.02 and a
+soft threshold, y to x: the family of the theory notes. The steps are drawn uniformly from [0.3, 1.95] / 1.02, or
+learned on the photographs of the package together with the thresholds. Beside it, half-quadratic splitting with
+learned filters, the network of `firmly run deblur`. Seeds are counted from zero, and none is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import firmly as fm
+from benchmarks.runner.results import Result, Table, Target
+from benchmarks.runner.timing import ProgramFailed, program
+from firmly.algorithms.smooth import Tikhonov
+from firmly.certificates import Certificate
+from firmly.lab.experiments import find
+from firmly.lab.weights import learned, restore
+
+WEIGHT, NOISE = 0.02, 0.02
+GAP = {10: 1.10, 20: 1.05}  # targets
+SECONDS = {10: 2.0, 20: 6.0}
+
+
+def measure(quick: bool) -> Result:
+    size, depths, seeds = (32, (2,), range(1)) if quick else (256, (10, 20), range(5))
+    rows = [row for depth in depths for row in networks(size, depth, seeds, steps=2 if quick else 100)]
+    growth = [frequencies(n, depths[0]) for n in ((16, 32) if quick else (64, 128, 256, 512, 1024))]
+    memory = memory_of(*((32, 2) if quick else (1024, 10)))
+    return Result(
+        [
+            Table(f"Images of {size} x {size}", rows, "'seconds' is the whole of `certify`, search for the lower bound "
+                  "included; 'upper' the part of all upper bounds, 'spectral' the matrix inequality with its proof."),
+            Table(f"Upper bounds against the number of frequencies, depth {depths[0]}", growth,
+                  "'blocks' are the frequencies that differ; all of them are checked."),
+            Table("Peak memory beyond the imports", [memory]),
+        ],
+        targets(rows, growth, memory, depths),
+    )  # fmt: skip
+
+
+def targets(rows: list, growth: list, memory: dict, depths: tuple[int, ...]) -> list[Target]:
+    found = []
+    for depth in depths:
+        gap, seconds = GAP.get(depth, math.inf), SECONDS.get(depth, math.inf)
+        mine = [row for row in rows if row["depth"] == depth and row["network"] == "forward-backward"]
+        good = [row for row in mine if row["gap"] <= gap]
+        found.append(Target(f"forward-backward, depth {depth}: gap <= {gap:.2f}",
+                            f"{len(good)} of {len(mine)}; {min(r['gap'] for r in mine):.3f} .. "
+                            f"{max(r['gap'] for r in mine):.3f}", len(good) == len(mine)))  # fmt: skip
+        slowest = max(row["seconds upper"] for row in mine)
+        found.append(Target(f"upper bounds at depth {depth} in {seconds:g} s", f"{slowest:.2f} s", slowest <= seconds))
+    first, last = growth[-2], growth[-1]
+    exponent = math.log(last["seconds"] / first["seconds"]) / math.log(last["frequencies"] / first["frequencies"])
+    found.append(Target("time at most linear in the number of frequencies (exponent between the two largest)",
+                        f"{exponent:.2f}", exponent <= 1.05))  # fmt: skip
+    used, text = memory["MiB"], f"memory at {memory['image']} at most 1536 MiB"
+    shown = memory["remark"] if used is None else f"{used:.0f} MiB"
+    found.append(Target(text, shown, None if used is None else used <= 1536))
+    return found
+
+
+# -- the networks --------------------------------------------------------------------------------------------------
+
+
+def networks(size: int, depth: int, seeds: range, steps: int) -> list[dict]:
+    """One row per network of a depth."""
+    rows = [row("forward-backward", f"random, seed {seed}", depth, random_steps(size, depth, seed)) for seed in seeds]
+    crop = min(64, size)
+    small = trained(forward_backward(crop, depth, learn=("step_size", "prior")), steps)
+    large = forward_backward(size, depth, learn=("step_size", "prior"))
+    restore(large, learned(small), "the trained network")
+    rows.append(row("forward-backward", "trained", depth, large))
+    experiment = find("deblur")
+    settings = replace(experiment.presets["default"], depth=depth)
+    small = trained(experiment.network(settings, crop, settings.cap), steps)
+    large = experiment.resized(settings, small, size, settings.cap)
+    rows.append(row("half-quadratic splitting", "trained", depth, large))
+    return rows
+
+
+def forward_backward(size: int, depth: int, learn: tuple[str, ...]) -> nn.Module:
+    shape = (1, size, size)
+    A = fm.linear.Blur.gaussian(1.6, shape)
+    ridge = Tikhonov(math.sqrt(WEIGHT) * fm.linear.Identity(shape))
+    return fm.unroll(fm.algorithms.ForwardBackward(A, fm.prox.L1(0.001), ridge=ridge), depth, learn)
+
+
+def random_steps(size: int, depth: int, seed: int) -> nn.Module:
+    """Steps uniform in [0.3, 1.95] / 1.02, where 1.02 is the norm of the smooth part."""
+    network = forward_backward(size, depth, learn=("step_size",))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.layers:
+        layer.step_size = torch.empty(()).uniform_(0.3, 1.95, generator=generator) / (1 + WEIGHT)
+    return network
+
+
+@torch.enable_grad()
+def trained(network: nn.Module, steps: int) -> nn.Module:
+    """The network after `steps` steps of Adam on blurred and noisy crops of photographs."""
+    generator = torch.Generator().manual_seed(0)
+    size = network.data_shape[-1]
+    A = fm.linear.Blur.gaussian(1.6, (1, size, size))
+    crops = fm.data.Crops(fm.data.photographs("train"), size)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(steps):
+        truth = crops.batch(4, generator)
+        measured = A(truth) + NOISE * torch.randn(truth.shape, generator=generator)
+        loss = (network(measured) - truth).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network
+
+
+# -- what is measured ----------------------------------------------------------------------------------------------
+
+
+def certified(network: nn.Module) -> tuple[Certificate, float]:
+    started = time.perf_counter()
+    certificate = fm.certify(network, wrt="data")
+    return certificate, time.perf_counter() - started
+
+
+def row(name: str, steps: str, depth: int, network: nn.Module) -> dict:
+    certificate, seconds = certified(network)
+    bounds = {b.method: b for b in certificate.bounds}
+    return {
+        "network": name,
+        "steps": steps,
+        "depth": depth,
+        "lower": certificate.lower,
+        "upper": certificate.upper,
+        "gap": certificate.gap,
+        "product": bounds["product"].value,
+        "averaged": bounds["averaged"].value,
+        "seconds": seconds,
+        "seconds upper": sum(b.seconds for b in certificate.bounds),
+        "seconds spectral": bounds["spectral"].seconds,
+        "blocks": int(bounds["spectral"].note.split()[0]),
+    }
+
+
+def frequencies(size: int, depth: int) -> dict:
+    measured = row("", "", depth, random_steps(size, depth, seed=0))
+    count = size * (size // 2 + 1)
+    return {
+        "image": f"{size} x {size}",
+        "frequencies": count,
+        "blocks": measured["blocks"],
+        "upper": measured["upper"],
+        "gap": measured["gap"],
+        "seconds": measured["seconds upper"],
+        "ms per 1000 frequencies": 1e6 * measured["seconds upper"] / count,
+    }
+
+
+def memory_of(size: int, depth: int) -> dict:
+    try:
+        used, remark = program("benchmarks.programs.certify_memory", [str(size), str(depth)]), ""
+    except ProgramFailed as failure:
+        used, remark = None, str(failure)
+    return {"image": f"{size} x {size}", "depth": depth, "MiB": used, "remark": remark}
