@@ -36,6 +36,13 @@ class Pencil:
     high: Tensor  # (entries,)
     inputs: int
     multipliers: int
+    layer: Tensor | None = None  # (multipliers,): the nonlinearity that each belongs to; None: one for each
+
+    def shared(self) -> Pencil:
+        """The same inequality with one multiplier per nonlinearity."""
+        if self.layer is None:
+            return self
+        return replace(self, owner=self.layer[self.owner], multipliers=int(self.layer.max()) + 1, layer=None)
 
     @property
     def width(self) -> int:
@@ -102,6 +109,7 @@ def pencil(blocks: Blocks, per_channel: bool) -> Pencil:
     no_row = sum(part.shape[1] for part in parts) - 1
     no_column = blocks.width
     entries: list[tuple[int, int, int, float, float]] = []
+    layers: list[int] = []
     multiplier = first = 0
     for part, columns, slope, separable in zip(parts, blocks.columns, blocks.slopes, blocks.separable):
         height, size = part.shape[1], columns.stop - columns.start
@@ -110,7 +118,8 @@ def pencil(blocks: Blocks, per_channel: bool) -> Pencil:
             column = columns.start + c if c < size else no_column
             row = first + c if c < height else no_row
             entries.append((column, row, multiplier + c * channelwise, float(slope.low), float(slope.high)))
-        multiplier += size if channelwise else 1
+        layers += [max(layers, default=-1) + 1] * (size if channelwise else 1)
+        multiplier = len(layers)
         first += height
     column, row, owner, low, high = zip(*entries) if entries else ((), (), (), (), ())
     return Pencil(
@@ -123,4 +132,5 @@ def pencil(blocks: Blocks, per_channel: bool) -> Pencil:
         high=torch.tensor(high, dtype=torch.float64),
         inputs=blocks.inputs[-1].stop,
         multipliers=multiplier,
+        layer=torch.tensor(layers) if len(layers) > len(blocks.rows) else None,
     )
