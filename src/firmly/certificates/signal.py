@@ -332,6 +332,8 @@ UNMOVED = (
 
 def arguments(module: nn.Module, inputs: Mapping[str, Sequence[int]], wrt: Sequence[str]) -> list[str]:
     """The inputs that the network is given: the first, those in `wrt`, and those without a default."""
+    if not inputs:
+        raise ShapeError("a network without inputs has nothing to certify: give the shape of at least one")
     known = inspect.signature(module.forward).parameters
     first = next(iter(inputs))
     optional = {name for name, p in known.items() if p.default is not inspect.Parameter.empty}
