@@ -1,0 +1,92 @@
+"""ECLipsE-Fast: multipliers in closed form, one per layer, by one pass over the layers.
+
+Forwards (Y. Xu, S. Sivaranjani, ECLipsE, NeurIPS 2024, for chains with slopes in [0, 1]): let all values so far cost
+at least `x' S x` of |d|^2. What layer i sees, z = Z x, then costs at least z' Q^-1 z with Q = Z S^-1 Z'. With the
+constraint of its nonlinearity, slopes in [a, b], s = (a+b)/2, r = (b-a)/2, times t, the least cost of its output v is
+v' X v with X = t - s^2 t^2 Q (I + ab t Q)^-1, which at the largest eigenvalue q of Q is largest for t = 1 / (q r (|s| +
+r)), where it is 1 / (q max(|a|, |b|)^2). For [0, 1] that is t = 2/q and X = t - t^2 Q / 4.
+
+Backwards (derived): let the output be at most v' K v, with largest eigenvalue k. With the constraint times t, it is at
+most z' (s^2 t^2 (t - K)^-1 - ab t) z, which increases with K and at K = k is least for t = k (1 + |s|/r), where it is
+max(|a|, |b|)^2 k |z|^2. So by induction the bound is at most the product of norms and slopes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from firmly.certificates.elimination import (
+    add_constraint,
+    elimination_order,
+    factorise,
+    identity_blocks,
+    required_rho,
+)
+from firmly.certificates.layers import Layers, full
+
+
+def eclipse_multipliers(found: Layers) -> tuple[float, Tensor]:
+    """(rho, nu) with M(rho, rho nu) >= 0 up to rounding: the better of both passes and of their mean."""
+    order = elimination_order(found)
+    candidates = [forward_multipliers(found)]
+    if is_chain(found):
+        backward = backward_multipliers(found)
+        candidates += [backward, 0.5 * (candidates[0] + backward)]
+    return min(((required_rho(found, nu, order), nu) for nu in candidates), key=lambda pair: pair[0])
+
+
+def is_chain(found: Layers) -> bool:
+    """Whether every layer sees the one before it and nothing else."""
+    return found.inputs == 1 and all(set(row) == {i} for i, row in enumerate([*found.rows, found.output]))
+
+
+def centre_and_radius(slopes: tuple[float, float]) -> tuple[float, float]:
+    """|s| and r, neither much smaller than the other: at zero the formulas have limits on the edge of what is
+    feasible."""
+    centre, radius = abs(slopes[0] + slopes[1]) / 2, (slopes[1] - slopes[0]) / 2
+    size = max(centre, radius) or 1.0
+    return max(centre, 1e-4 * size), max(radius, 1e-4 * size)
+
+
+def forward_multipliers(found: Layers) -> Tensor:
+    """One factor per layer, for any connections: S is kept factored over the variables that later layers still see."""
+    last_use = {j: i for i, row in enumerate([*found.rows, found.output]) for j in row}
+    M, alive, nu = identity_blocks(found, 1.0), list(range(found.inputs)), []
+    for i, (row, slopes) in enumerate(zip(found.rows, found.slopes)):
+        v = found.inputs + i
+        factor = factorise(dict(M), alive)
+        q = 0.0
+        if factor is not None and row:
+            Y = factor.solve({j: full(block, found.sizes[v]).value[0].mH for j, block in row.items()})
+            Q = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
+            q = float(torch.linalg.eigvalsh(Q)[-1])
+        s, r = centre_and_radius(slopes)
+        t = (1 - 1e-9) / (q * r * (s + r)) if q > 0 else 1.0
+        nu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
+        add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
+        alive.append(v)
+        done = [j for j in alive if last_use.get(j, -1) <= i and j != v]
+        if done and factorise(M, done) is None:
+            break
+        alive = [j for j in alive if j not in done]
+    missing = found.counts[len(nu) :]
+    return torch.cat([*nu, torch.ones(sum(missing), dtype=torch.float64)])
+
+
+def backward_multipliers(found: Layers) -> Tensor:
+    """One factor per layer of a chain, from the last to the first."""
+    O = full(found.output[len(found.rows)], found.sizes[-1]).value[0]
+    K, mu = O.mH @ O, []
+    for i in reversed(range(len(found.rows))):
+        s, r = centre_and_radius(found.slopes[i])
+        eigenvalues, U = torch.linalg.eigh(K)
+        eigenvalues = eigenvalues.clamp(min=0)
+        k = float(eigenvalues[-1]) or 1.0
+        t = k * (1 + s / r)
+        mu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
+        weight = (s * t) ** 2 / (t - eigenvalues) - (s - r) * (s + r) * t
+        half = weight.clamp(min=0).sqrt()[:, None] * (U.mH @ full(found.rows[i][i], found.sizes[i + 1]).value[0])
+        K = half.mH @ half
+    rho = float(torch.linalg.eigvalsh(K)[-1])
+    return torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - 1e-9)

@@ -1,0 +1,167 @@
+"""The matrix inequality of layers as a sparse matrix of blocks, and its Cholesky factorisation block by block.
+
+    M(rho, mu) = rho |d|^2 - |output|^2 + sum_i sum_s mu_is (|v_is|^2 - (a_i + b_i) v_is z_is + a_i b_i |z_is|^2)
+
+Eliminating variables in a good order creates few new blocks. For a chain there are none: with s = (a + b) / 2 and
+slopes from 0, what is left of layer i is X_i = T_i - s^2 T_i W_i X_{i-1}^-1 W_i' T_i, and no matrix is larger than a
+layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firmly.certificates.layers import Layers, full
+
+BlockMatrix = dict[tuple[int, int], Tensor]  # (i, j) with i >= j: the block of rows i and columns j
+Blocks = dict[int, Tensor]  # variable -> its rows
+
+
+def block_matrix(found: Layers, mu: Tensor, rho: float | None = None) -> BlockMatrix:
+    """M(rho, mu), or S(mu) = M(1, mu) without the output if rho is None."""
+    M = identity_blocks(found, 1.0 if rho is None else rho)
+    for i, T in enumerate(found.weights(mu)):
+        add_constraint(M, found, i, T)
+    for j, left in found.output.items() if rho is not None else ():
+        for k, right in found.output.items():
+            if k <= j:
+                add(M, j, k, -full(left, found.sizes[j]).value[0].mH @ full(right, found.sizes[k]).value[0])
+    return M
+
+
+def identity_blocks(found: Layers, rho: float) -> BlockMatrix:
+    """rho |d|^2."""
+    return {(k, k): rho * torch.eye(found.sizes[k], dtype=torch.float64) for k in range(found.inputs)}
+
+
+def add_constraint(M: BlockMatrix, found: Layers, i: int, T: Tensor) -> None:
+    """Add sum_s T_s (|v_s|^2 - (a + b) v_s z_s + ab |z_s|^2) of nonlinearity i."""
+    low, high = found.slopes[i]
+    v = found.inputs + i
+    add(M, v, v, torch.diag(T))
+    for j, block in found.rows[i].items():
+        weighted = T[:, None] * full(block, found.sizes[v]).value[0]
+        if low + high:
+            add(M, v, j, -0.5 * (low + high) * weighted)
+        if low * high:
+            for k, other in found.rows[i].items():
+                if k <= j:
+                    add(M, j, k, low * high * weighted.mH @ full(other, found.sizes[v]).value[0])
+
+
+def add(M: BlockMatrix, i: int, j: int, block: Tensor) -> None:
+    M[i, j] = M[i, j] + block if (i, j) in M else block
+
+
+@dataclass
+class Factor:
+    """M = L L^H with L in blocks: `diagonal[i]` and `below[i]` = {j: L_ji} for variables j eliminated after i."""
+
+    order: list[int]
+    diagonal: dict[int, Tensor]
+    below: dict[int, dict[int, Tensor]]
+
+    def solve(self, B: Blocks) -> Blocks:
+        """L^-1 B, for a right side given by its nonzero blocks."""
+        B, Y = dict(B), {}
+        for i in self.order:
+            if i in B:
+                Y[i] = torch.linalg.solve_triangular(self.diagonal[i], B.pop(i), upper=False)
+                for j, L in self.below[i].items():
+                    B[j] = B[j] - L @ Y[i] if j in B else -L @ Y[i]
+        return Y
+
+    def solve_adjoint(self, Y: Blocks) -> Blocks:
+        """L^-H Y, all blocks."""
+        X: Blocks = {}
+        width = next(iter(Y.values())).shape[1]
+        for i in reversed(self.order):
+            right = Y[i] if i in Y else self.diagonal[i].new_zeros(len(self.diagonal[i]), width)
+            for j, L in self.below[i].items():
+                right = right - L.mH @ X[j]
+            X[i] = torch.linalg.solve_triangular(self.diagonal[i].mH, right, upper=True)
+        return X
+
+
+def factorise(M: BlockMatrix, order: Sequence[int]) -> Factor | None:
+    """The Cholesky factor, or None if M is not (numerically) positive definite.
+
+    M is used up: what is left in it is the Schur complement on the variables that `order` leaves out.
+    """
+    factor = Factor(list(order), {}, {})
+    for i in order:
+        L, failed = torch.linalg.cholesky_ex(M.pop((i, i)))
+        if int(failed):
+            return None
+        below: dict[int, Tensor] = {}
+        for j, k in [place for place in M if i in place]:
+            block = M.pop((j, k)) if k == i else M.pop((j, k)).mH
+            below[j if k == i else k] = torch.linalg.solve_triangular(L.mH, block, upper=True, left=False)
+        for j, left in below.items():
+            for k, right in below.items():
+                if k <= j:
+                    add(M, j, k, -left @ right.mH)
+        factor.diagonal[i], factor.below[i] = L, below
+    return factor
+
+
+def output_response(found: Layers, nu: Tensor, order: Sequence[int]) -> tuple[Tensor, Factor, Blocks] | None:
+    """R = O S(nu)^-1 O' = Y' Y with Y = L^-1 O', and L; None where S(nu) is not positive definite.
+
+    M(rho, rho nu) >= 0 if and only if rho >= lambda_max(R).
+    """
+    factor = factorise(block_matrix(found, nu), order)
+    if factor is None:
+        return None
+    Y = factor.solve({j: full(block, found.sizes[j]).value[0].mH for j, block in found.output.items()})
+    R = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
+    return (R, factor, Y) if bool(R.isfinite().all()) else None
+
+
+def required_rho(found: Layers, nu: Tensor, order: Sequence[int]) -> float:
+    """The smallest rho with M(rho, rho nu) >= 0, in floating point; infinite if there is none."""
+    response = output_response(found, nu, order)
+    return math.inf if response is None else float(torch.linalg.eigvalsh(response[0])[-1])
+
+
+def elimination_order(found: Layers) -> list[int]:
+    """From the inputs to the last layer, or the other way round: whichever takes fewer operations."""
+    forward = list(range(len(found.sizes)))
+    return min(forward, forward[::-1], key=lambda order: elimination_cost(found, order))
+
+
+def elimination_cost(found: Layers, order: Sequence[int]) -> int:
+    neighbours = pattern(found)
+    cost, left = 0, set(order)
+    for i in order:
+        left.discard(i)
+        near = neighbours[i] & left
+        border = sum(found.sizes[j] for j in near)
+        cost += found.sizes[i] * (found.sizes[i] + border) ** 2
+        for j in near:
+            neighbours[j] |= near
+    return cost
+
+
+def pattern(found: Layers) -> list[set[int]]:
+    """The variables that share a block of M with every variable, itself included."""
+    neighbours = [{i} for i in range(len(found.sizes))]
+    cliques = [set(found.output)]
+    for i, row in enumerate(found.rows):
+        low, high = found.slopes[i]
+        v = found.inputs + i
+        if low + high:
+            for j in row:
+                neighbours[v].add(j)
+                neighbours[j].add(v)
+        if low * high:
+            cliques.append(set(row))
+    for clique in cliques:
+        for j in clique:
+            neighbours[j] |= clique
+    return neighbours
