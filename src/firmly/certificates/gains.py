@@ -170,4 +170,5 @@ def with_group_gains(family: Pencil, group: Tensor, weights: list[float]) -> Pen
         high=torch.cat([torch.zeros(len(columns)), root, family.high]).double(),
         inputs=1,
         multipliers=count + family.multipliers,
+        layer=None,
     )
