@@ -173,7 +173,9 @@ class Unknown:
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        used = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, cls))
+        given = [*args, *(kwargs or {}).values()]
+        given += [item for a in given if isinstance(a, (tuple, list)) for item in a]  # an index is nested
+        used = next(a for a in given if isinstance(a, cls))
         raise used.tracer.refuse(used.what)
 
     def __getattr__(self, name: str) -> Any:

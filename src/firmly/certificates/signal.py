@@ -152,6 +152,12 @@ class Signal:
             raise tracer.refuse(f"the operation '{name}' with these arguments ({error})") from error
         if result is NotImplemented:
             raise tracer.refuse(f"the operation '{name}' with these arguments")
+        if not (getattr(function, "__module__", None) or "").startswith("firmly"):  # maps and proxes know their shapes
+            recorded, real = shapes_of(result), shapes_of(on_tensors(function, args, kwargs, signals[0].dtype))
+            if any(ours is not None and ours != theirs for ours, theirs in zip(recorded, real, strict=True)):
+                raise tracer.refuse(
+                    f"the operation '{name}' with these shapes: a result {real} was traced as {recorded}"
+                )
         if kwargs.get("inplace"):
             return signals[0].overwritten(result)
         if function not in VIEWS:
@@ -271,6 +277,33 @@ class Signal:
         if not callable(method):
             raise self.tracer.refuse(f"the attribute '{name}' of a traced value")
         return lambda *args, **kwargs: Signal.__torch_function__(method, (Signal,), (self, *args), kwargs)
+
+
+def on_tensors(function: Callable, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+    """What the function gives for tensors of these shapes, without computing it where torch can tell the shape."""
+
+    def replaced(tree: Any, device: str) -> Any:
+        if isinstance(tree, Signal):
+            return torch.zeros(tree.shape, dtype=dtype, device=device)
+        if isinstance(tree, Tensor):
+            return tree.detach().to(device)
+        if type(tree) in (tuple, list):
+            return type(tree)(replaced(item, device) for item in tree)
+        if isinstance(tree, dict):
+            return {key: replaced(item, device) for key, item in tree.items()}
+        return tree
+
+    with torch.no_grad():
+        try:
+            return function(*replaced(args, "meta"), **replaced(kwargs, "meta"))
+        except (RuntimeError, NotImplementedError):  # selections by a mask have no shape without their values
+            return function(*replaced(args, "cpu"), **replaced(kwargs, "cpu"))
+
+
+def shapes_of(result: Any) -> list[tuple[int, ...] | None]:
+    """The shapes of a value or of several; None for what has none."""
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    return [tuple(part.shape) if isinstance(part, (Signal, Tensor)) else None for part in parts]
 
 
 def signals_in(tree: Any) -> list[Signal]:
