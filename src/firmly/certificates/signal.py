@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from firmly.certificates.obstacles import PREFIX, refusal, step_over
-from firmly.certificates.system import Coefficient, Input, Linear, Nonlinear, Sum, System
+from firmly.certificates.system import Call, Coefficient, Input, Linear, Nonlinear, Sum, System
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.map import LinearMap
 from firmly.prox.prior import Slope, Structure
@@ -46,6 +46,7 @@ class Tracer:
         self.system = System(is_complex=is_complex)
         self.path: list[str] = []
         self.obstacles: list[str] = []
+        self.running: tuple[Callable, tuple, dict] | None = None  # the operation that is being recorded
         self._linear: dict[tuple[int, int], int] = {}
 
     def where(self) -> str:
@@ -67,11 +68,13 @@ class Signal:
 
     Operations on it record; constants vanish, since only increments matter. An operation without a rule raises
     `NotCertifiable` with the operation and the module path. As with tensors, an operation in place changes all views
-    of the same memory; the views are refused from then on, since they are no longer what was recorded.
+    of the same memory; the views are refused from then on, since they are no longer what was recorded. `value` is the
+    tensor itself in the first of the two runs, if the trace was made around a point.
     """
 
-    def __init__(self, tracer: Tracer, node: int, memory: Memory | None = None):
+    def __init__(self, tracer: Tracer, node: int, memory: Memory | None = None, value: Tensor | None = None):
         self.tracer = tracer
+        self.value = value
         self.shape = torch.Size((1, *tracer.system.nodes[node].shape))
         self._node = node
         self._memory = Memory() if memory is None else memory
@@ -112,14 +115,17 @@ class Signal:
         low, high = float(slope[0]), float(slope[1])
         if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
             raise self.tracer.refuse(f"a nonlinearity with slopes in [{low}, {high}]")
-        node = Nonlinear(self.node, Slope(*slope), structure, self.tracer.where(), tuple(self.shape[1:]))
+        call = None
+        if self.value is not None and self.tracer.running is not None:
+            call = Call(*self.tracer.running, self.value)
+        node = Nonlinear(self.node, Slope(*slope), structure, self.tracer.where(), tuple(self.shape[1:]), call)
         return Signal(self.tracer, self.tracer.system.append(node))
 
     def overwritten(self, value: Signal) -> Signal:
         """This signal after an operation in place whose result is `value`."""
         if value.shape != self.shape:
             raise self.tracer.refuse("an operation in place that changes the shape")
-        self._node = value.node
+        self._node, self.value = value.node, value.value
         self._memory.version += 1
         self._version = self._memory.version
         return self
@@ -133,7 +139,7 @@ class Signal:
         kwargs = kwargs or {}
         signals = signals_in((args, kwargs))
         try:
-            return cls._recorded(function, signals, args, kwargs)
+            return at_point(cls._recorded(function, signals, args, kwargs), signals, function, args, kwargs)
         except NotCertifiable as error:
             return step_over(error, signals[0], function, args, kwargs)
 
@@ -146,6 +152,7 @@ class Signal:
         operands = [a for a in args if isinstance(a, (Signal, Tensor))]
         if function not in JOINS and (len(signals) > 1 or operands[0] is not signals[0]):
             raise tracer.refuse(f"the operation '{name}' with weights or parameters that depend on the input")
+        tracer.running = (function, args, kwargs)
         try:
             result = HANDLERS[function](tracer, *args, **kwargs)
         except TypeError as error:
@@ -159,7 +166,9 @@ class Signal:
                     f"the operation '{name}' with these shapes: a result {real} was traced as {recorded}"
                 )
         if kwargs.get("inplace"):
-            return signals[0].overwritten(result)
+            before = signals[0].value
+            signals[0].overwritten(result).value = before  # from which `at_point` finds the new one
+            return signals[0]
         if function not in VIEWS:
             return result if isinstance(result, tuple) else Signal(tracer, result.node)
         if isinstance(result, tuple):
@@ -279,6 +288,28 @@ class Signal:
         return lambda *args, **kwargs: Signal.__torch_function__(method, (Signal,), (self, *args), kwargs)
 
 
+def at_point(result: Any, signals: list[Signal], function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The result of a recorded operation, with its value if the values of all traced arguments are known."""
+    parts = result if isinstance(result, tuple) else (result,)
+    if any(signal.value is None for signal in signals):
+        for part in parts:
+            part.value = None
+        return result
+
+    def valued(tree: Any) -> Any:
+        if isinstance(tree, Signal):
+            assert tree.value is not None
+            return tree.value.clone()  # the operation may be in place
+        if type(tree) in (tuple, list):
+            return type(tree)(valued(item) for item in tree)
+        return {key: valued(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
+
+    values = function(*valued(args), **valued(kwargs))
+    for part, value in zip(parts, values if isinstance(result, tuple) else (values,), strict=True):
+        part.value = value
+    return result
+
+
 def on_tensors(function: Callable, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
     """What the function gives for tensors of these shapes, without computing it where torch can tell the shape."""
 
@@ -321,20 +352,23 @@ def trace(
     wrt: Sequence[str],
     is_complex: bool = False,
     keep_gradients: bool = False,
+    around: Mapping[str, Tensor] | None = None,
 ) -> System:
     """The system of `module` for perturbations of the inputs named in `wrt`.
 
     `inputs` gives the shape (without batch) of arguments of `module.forward`; the first is passed by position. An
     argument that is not in `wrt` is left to its default if it has one, else it is held fixed at an unknown value. The
     module is run in double precision on a copy, unless `keep_gradients` asks for a differentiable trace of the module
-    itself. Raises `NotCertifiable` with the list of all operations that no bound is known for.
+    itself. `around` gives every argument (1, *shape) at a point, and the nonlinearities keep their inputs there. Raises
+    `NotCertifiable` with the list of all operations that no bound is known for.
     """
     traced = module if keep_gradients else copy.deepcopy(module).double().cpu()
     tracer = Tracer(is_complex)
     given = arguments(module, inputs, wrt)
     signals = {}
     for name in given:
-        signals[name] = Signal(tracer, tracer.system.append(Input(name, tuple(inputs[name]), is_complex)))
+        node = tracer.system.append(Input(name, tuple(inputs[name]), is_complex))
+        signals[name] = Signal(tracer, node, value=None if around is None else around[name])
     try:
         with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer):
             result = traced(signals.pop(given[0]), **signals)

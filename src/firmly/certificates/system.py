@@ -7,8 +7,8 @@ kept as a graph of its linear maps and not multiplied out, so that a basis can t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,21 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Call:
+    """function(*args, **kwargs) that a nonlinearity was recorded from, and its input (1, *shape) at a known point."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+    at: Tensor
+
+
+@dataclass(frozen=True)
 class Nonlinear:
     """R(parent), slopes of R in [low, high]; `where` is the module it was found in.
 
-    A linear map of norm at most c that is left out of the linear part is also such a block, with slopes [-c, c].
+    A linear map of norm at most c that is left out of the linear part is also such a block, with slopes [-c, c]. `call`
+    is known if the network was traced around a point.
     """
 
     parent: int
@@ -57,6 +68,7 @@ class Nonlinear:
     structure: Structure
     where: str
     shape: Shape
+    call: Call | None = None
 
 
 Node = Input | Linear | Sum | Nonlinear
@@ -154,7 +166,7 @@ def renumbered(node: Node, new: dict[int, int]) -> Node:
         return Sum(tuple((c, new[i]) for c, i in node.terms), node.shape)
     if isinstance(node, Linear):
         return Linear(node.map, new[node.parent], node.shape)
-    return Nonlinear(new[node.parent], node.slope, node.structure, node.where, node.shape)
+    return replace(node, parent=new[node.parent])
 
 
 def weights_hash(module: nn.Module) -> str:
