@@ -23,11 +23,15 @@ from firmly.certificates.pencil import Pencil
 
 @dataclass
 class SpectralResult:
-    """`rho` is feasible for all blocks with multipliers `mu`; `relaxed` estimates the optimum from below."""
+    """`rho` is feasible for all blocks with multipliers `mu`; `relaxed` estimates the optimum from below.
+
+    `interior` is feasible with a larger rho and room on all sides: a little of it makes a proof of mu easier.
+    """
 
     rho: float
     relaxed: float
     mu: Tensor
+    interior: Tensor
     rounds: int
     cuts: int
 
@@ -39,7 +43,7 @@ def minimise_rho(
     if pencil.multipliers == 0:  # a linear network
         mu = torch.zeros(0, dtype=torch.float64)
         rho = float(pencil.required(mu).max())
-        return SpectralResult(rho, rho, mu, 0, 0)
+        return SpectralResult(rho, rho, mu, mu, 0, 0)
     deadline = time.monotonic() + budget_s
     if start is None and pencil.layer is not None:  # few unknowns first: many are slow to come from far away
         start = minimise_rho(pencil.shared(), max(tolerance, 1e-2), budget_s / 4).mu[pencil.layer]
@@ -50,8 +54,11 @@ def minimise_rho(
         values = pencil.required(mu)
     rho = float(values.max())
     if not 0 < rho < math.inf:  # nothing to improve, or nothing to start from
-        return SpectralResult(rho, 0.0, mu, 0, 0)
+        return SpectralResult(rho, 0.0, mu, mu, 0, 0)
     working = torch.unique(torch.cat([spread(len(pencil), 64), worst(values, 64)]))
+    interior, _ = smoothed_newton(pencil.select(working), mu, 0.3, deadline)
+    if not bool(pencil.required(interior).isfinite().all()):
+        interior = mu
     relaxed, rounds = 0.0, 0
     while time.monotonic() < deadline:
         rounds += 1
@@ -71,7 +78,7 @@ def minimise_rho(
         if len(larger) == len(working):
             break
         working = larger
-    return SpectralResult(rho, relaxed, mu, rounds, len(working))
+    return SpectralResult(rho, relaxed, mu, interior, rounds, len(working))
 
 
 def causal_multipliers(pencil: Pencil) -> Tensor:
@@ -113,9 +120,11 @@ def causal_multipliers(pencil: Pencil) -> Tensor:
 def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: float) -> tuple[Tensor, float]:
     """Minimise max_f lambda_max(R_f(mu)) on the working set; returns mu and a lower estimate of the minimum."""
     count = math.log(len(pencil) * pencil.inputs + 1)
-    beta, relaxed = 4 * count / float(pencil.required(mu).max()), 0.0
+    top = float(pencil.required(mu).max())
+    beta, relaxed = 4 * count / top, 0.0
+    value, ceiling = top, 1e6 * mu
     while True:
-        barrier = count / (beta * len(pencil) * (pencil.width - pencil.inputs))
+        barrier = max(count / (beta * len(pencil) * (pencil.width - pencil.inputs)), 0.05 * tolerance * value)
         for _ in range(50):
             value, mean, gradient, hessian = smoothed_maximum(pencil, mu, beta, barrier)
             scaled = hessian * mu[:, None] * mu  # unknowns log-scaled, so that regularisation is relative
@@ -124,6 +133,8 @@ def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: floa
             if bool(singular) or not bool(step.isfinite().all()):  # no multiplier matters on these blocks
                 return mu, relaxed
             direction = -mu * step
+            # a multiplier that no block limits (of a unit whose input never moves) would grow for ever
+            direction = torch.where(mu > ceiling, direction.clamp(max=0), direction)
             decrement = float(-gradient @ direction)
             length = step_length(pencil, mu, direction, beta, barrier, value, decrement)
             mu = mu + length * direction
