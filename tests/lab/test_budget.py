@@ -22,10 +22,10 @@ def network():
 def test_penalty_is_zero_inside_the_budget_and_points_inwards_outside():
     net = network()
     upper = certify(net, method="spectral").upper
-    assert BudgetPenalty(2 * upper)(net).item() == 0
+    assert BudgetPenalty(2 * upper)(net, 0).item() == 0
     penalty = BudgetPenalty(upper / 2, weight=1.0)
-    value = penalty(net)
-    assert abs(value.item() - math.log(2 / 0.97)) < 2e-2
+    value = penalty(net, 0)
+    assert abs(value.item() - 3 * math.log(2 / 0.97)) < 3e-2 and penalty(net, 1) == 0
     value.backward()
     with torch.no_grad():
         for p in (p for p in net.parameters() if p.grad is not None):  # thresholds do not enter the bound

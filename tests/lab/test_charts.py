@@ -21,7 +21,7 @@ from firmly.lab.charts import (
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0, "0"), (19.72, "19.7"), (6664, "6,664"), (0.95, "0.95"), (1234567.0, "1.2·10⁶"), (1e7, "10⁷"), (100.0, "100")],
+    [(0, "0"), (19.72, "19.7"), (6664, "6,664"), (0.95, "0.95"), (1234567.0, "1.23·10⁶"), (1e7, "10⁷"), (100.0, "100")],
 )
 def test_number(value, expected):
     assert number(value) == expected

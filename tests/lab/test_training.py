@@ -102,7 +102,7 @@ def test_early_stop(tmp_path):
 
 def test_penalty_enters_the_gradient(tmp_path):
     net = network()
-    train(net, sample, PLAN, RunFolder(tmp_path), "net", penalty=lambda n: 100 * n[2].bias.square().sum())
+    train(net, sample, PLAN, RunFolder(tmp_path), "net", penalty=lambda n, step: 100 * n[2].bias.square().sum())
     free = network()
     train(free, sample, PLAN, RunFolder(tmp_path), "free")
     assert net[2].bias.norm() < 0.9 * free[2].bias.norm()
@@ -169,7 +169,7 @@ def test_two_processes_train_the_same_weights(tmp_path):
         assert len(outcome.history) == 4
         """)
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,21 +14,27 @@ from firmly.errors import NotCertifiable
 class BudgetPenalty:
     """weight * max(0, log(bound / (share * budget))): zero inside the budget, with a gradient to the weights outside.
 
-    The multipliers of the bound are solved for every `refresh` calls and kept fixed in between, which leaves it an
-    upper bound (and its gradient nearly that of the best one).
+    It is taken at every third step, with three times the weight. The multipliers of the bound are solved for every
+    `refresh` steps and kept fixed in between, which leaves it an upper bound (and its gradient nearly that of the best
+    one); at the first step of each epoch they are found without memory, so that a resumed training repeats them.
     """
 
-    def __init__(self, budget: float, weight: float = 0.02, share: float = 0.97, refresh: int = 20):
-        self.target, self.weight, self.refresh = share * budget, weight, refresh
-        self.multipliers: Tensor | None = None
-        self.calls = 0
+    every = 3
 
-    def __call__(self, network: nn.Module) -> Tensor:
-        value = self.bound(network, fresh=self.calls % self.refresh == 0)
+    def __init__(self, budget: float, epoch: int = 100, weight: float = 0.02, share: float = 0.97, refresh: int = 30):
+        self.target, self.weight, self.refresh, self.epoch = share * budget, weight, refresh, epoch
+        self.multipliers: Tensor | None = None
+
+    def __call__(self, network: nn.Module, step: int) -> Tensor:
+        step %= self.epoch
+        if step == 0:
+            self.multipliers = None
+        if step % self.every:
+            return torch.zeros(())
+        value = self.bound(network, fresh=step % self.refresh == 0)
         if not value.isfinite():
             value = self.bound(network, fresh=True)
-        self.calls += 1
-        return self.weight * torch.relu(torch.log(value / self.target))
+        return self.every * self.weight * torch.relu(torch.log(value / self.target)).float()
 
     def bound(self, network: nn.Module, fresh: bool) -> Tensor:
         if fresh or self.multipliers is None:
@@ -47,7 +53,7 @@ def repair(
     Weights move only as far as the budget asks, the scalars of the layers (penalties, thresholds) ahead of the filters.
     Raises `NotCertifiable` if `max_steps` steps do not get there.
     """
-    penalty = BudgetPenalty(budget, weight=1.0, share=1.0, refresh=5)
+    penalty = BudgetPenalty(budget)
     parameters = list(network.parameters())
     rates = [{"params": [p], "lr": 1e-2 if p.dim() <= 1 else 5e-4} for p in parameters]
     optimiser = torch.optim.Adam(rates)

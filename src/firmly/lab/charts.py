@@ -67,7 +67,7 @@ def bracket_chart(
     """The certified bracket lower..upper and every method's bound, one row each, on one logarithmic axis."""
     rows = [*marks, *beyond]
     names = 118 if width < 500 else 190
-    left, right = names + 6, width - (64 if width < 500 else 86)
+    left, right = names + 6, width - (82 if width < 500 else 92)
     values = [v for v in (lower, upper, *(m.value for m in rows)) if math.isfinite(v) and v > 0]
     low, high = min(values) / 1.25, max(values) * 1.25
     scale = Scale(low, high, left, right, log=True)
@@ -217,6 +217,6 @@ def number(value: float, digits: int = 3) -> str:
     if size >= 6 or size < -4:
         mantissa = value / 10.0**size
         power = str(size).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"10{power}" if abs(mantissa - 1) < 1e-9 else f"{mantissa:.{digits - 2}f}·10{power}"
+        return f"10{power}" if abs(mantissa - 1) < 1e-9 else f"{mantissa:.{digits - 1}f}·10{power}"
     shown = f"{value:,.{max(0, digits - 1 - size)}f}"
     return shown.rstrip("0").rstrip(".") if "." in shown else shown

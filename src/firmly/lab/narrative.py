@@ -71,7 +71,7 @@ def summary(
         if worst and certificate and worst["lower"] > 1.05 * certificate["upper"]:
             text += f" and amplifies an error at least {at_least(worst['lower'])} times"
         elif worst and certificate and worst["upper"] > 1.05 * certificate["upper"]:
-            text += f", and the best proof for it is {at_most(worst['upper'])}"
+            text += f", but nothing better than {at_most(worst['upper'])} is proved for it"
         elif not worst:
             text += ", and no finite bound is known for it"
         text += "."

@@ -108,7 +108,7 @@ def train_all(
     for budget in settings.budget:
         name = f"budget-{budget:g}"
         plan = settings.plan(epochs=settings.budget_epochs, learning_rate=settings.learning_rate / 3)
-        fit(name, settings.cap, start=capped, plan=plan, penalty=BudgetPenalty(budget))
+        fit(name, settings.cap, start=capped, plan=plan, penalty=BudgetPenalty(budget, settings.steps))
         if engine.primary:
             heard = functools.partial(listen_to_repair, listen, name)
             trained.certificates[name] = repair(trained.networks[name], budget, heard)

@@ -44,7 +44,7 @@ class Progress:
         if stage == "training":
             self.train(event)
         else:
-            if stage != "repair":  # training is over: let the bars stand above the lines that follow
+            if stage != "repair" and self.bars.live.is_started:  # training is over: the bars stay above what follows
                 self.bars.stop()
             line = STAGES[stage].format(**event)
             if stage != self.stage or stage != "repair":

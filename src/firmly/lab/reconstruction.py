@@ -58,7 +58,7 @@ class ReconstructionSettings:
     tv_weights: tuple[float, ...] = (0.001, 0.0015, 0.002, 0.003)
     wiener_weights: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.1)
     attack: float = 0.1
-    certify_seconds: float = 30.0
+    certify_seconds: float = 60.0
     seed: int = 0
     device: Device = "auto"
     precision: Precision = "float32"

@@ -79,8 +79,9 @@ def _bracket(results: dict[str, Any], width: int) -> Markup:
     marks.append(Mark(_method(certificate["method"]), certificate["upper"], "ours", _upper(certificate["upper"])))
     marks.append(Mark("attained", certificate["lower"], "ours", "≥ " + at_least(certificate["lower"])))
     beyond = []
-    if results["twin"] and results["twin"]["lower"]:
-        lower = results["twin"]["lower"]
+    if results["twin"]:
+        lower, upper = results["twin"]["lower"], results["twin"]["upper"]
+        beyond.append(Mark("twin, proved", upper, "twin", _upper(upper)))
         beyond.append(Mark("twin, attained", lower, "twin", "≥ " + at_least(lower)))
     label = f"Bounds of the worst-case amplification: between {certificate['lower']:.4g} and {certificate['upper']:.4g}"
     return bracket_chart(certificate["lower"], certificate["upper"], marks, width, beyond, label)

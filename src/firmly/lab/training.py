@@ -70,16 +70,17 @@ def train(
     name: str,
     *,
     validate: Callable[[nn.Module], float] | None = None,
-    penalty: Callable[[nn.Module], Tensor] | None = None,
+    penalty: Callable[[nn.Module, int], Tensor] | None = None,
     engine: Engine | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
-    """Train `network` in place on mean squared error plus `penalty(network)`; afterwards it holds its best weights.
+    """Train `network` in place on mean squared error plus `penalty(network, step)`; then it holds its best weights.
 
     If `run` has a checkpoint called `name`, training goes on from there, with the same result as if it had never
-    stopped. `validate(network)` returns a score to maximise (without it the last weights are the best). The callback
-    gets a dictionary after every step. Ctrl-C ends training with status "interrupted" and the last whole epoch on the
-    disk. A loss or gradient that is not finite raises `DataError` after the batch was saved beside the checkpoints.
+    stopped. `validate(network)` returns a score to maximise; without it, or with a penalty that the score does not
+    know of, the last weights are the best. The callback gets a dictionary after every step. Ctrl-C ends training with
+    status "interrupted" and the last whole epoch on the disk. A loss or gradient that is not finite raises `DataError`
+    after the batch was saved beside the checkpoints.
     """
     engine = engine or Engine()
     state = _State(network, plan, engine)
@@ -92,7 +93,7 @@ def train(
             losses = [
                 state.step(sample, penalty, lambda batch: _keep(batch, run, name), callback) for _ in range(plan.steps)
             ]
-            state.close_epoch(sum(losses) / len(losses), validate, time.monotonic() - began)
+            state.close_epoch(sum(losses) / len(losses), validate, penalty is not None, time.monotonic() - began)
             checkpoint = state.save()  # on every process: it gathers their generators
             if engine.primary:
                 run.write(f"checkpoints/{name}.safetensors", checkpoint)
@@ -137,7 +138,7 @@ class _State:
     def step(
         self,
         sample: Sampler,
-        penalty: Callable[[nn.Module], Tensor] | None,
+        penalty: Callable[[nn.Module, int], Tensor] | None,
         keep: Callable[[dict[str, Tensor]], Path],
         callback: Callable[[dict[str, Any]], None] | None,
     ) -> float:
@@ -148,7 +149,7 @@ class _State:
         y, x = (t.to(self.engine.device) for t in sample(self.generator))
         with self.engine.autocast():
             error = (self.forward(y) - x).abs().square().mean()
-        loss = error if penalty is None else error + penalty(self.network)
+        loss = error if penalty is None else error + penalty(self.network, position).to(error.device)
         self.optimiser.zero_grad(set_to_none=True)
         self.engine.backward(loss)
         size = nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.clip)
@@ -171,14 +172,14 @@ class _State:
         first = next(iter(self.optimiser.state.values()), None)
         return 0 if first is None else int(first["step"])
 
-    def close_epoch(self, loss: float, validate: Callable[[nn.Module], float] | None, seconds: float) -> None:
+    def close_epoch(
+        self, loss: float, validate: Callable[[nn.Module], float] | None, keep_last: bool, seconds: float
+    ) -> None:
         row = {"epoch": self.epoch, "loss": self.engine.mean(loss), "seconds": round(seconds, 2)}
         if validate is not None:
             with _swapped(self.network, self.average):
                 row["score"] = float(validate(self.network))
-            if row["score"] >= max((r["score"] for r in self.history), default=-math.inf):
-                self.best = dict(self.average)
-        else:
+        if keep_last or validate is None or row["score"] >= max((r["score"] for r in self.history), default=-math.inf):
             self.best = dict(self.average)
         self.history.append(row)
         self.epoch += 1

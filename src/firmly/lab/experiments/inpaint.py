@@ -19,7 +19,9 @@ class InpaintSettings(ReconstructionSettings):
     """`keep` is the fraction of pixels that are measured; which ones is drawn from `seed`."""
 
     keep: float = 0.5
-    penalty: tuple[float, ...] = (0.3, 0.1)
+    depth: int = 10
+    penalty: tuple[float, ...] = (0.1, 0.05)
+    threshold: tuple[float, ...] = (1.0, 0.01)
     tv_weights: tuple[float, ...] = (0.005, 0.01, 0.02, 0.03)
 
     def __post_init__(self) -> None:
