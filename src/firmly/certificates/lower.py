@@ -150,6 +150,8 @@ def lower_bound(
     origin = torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     waves = regime_directions(choice, family, is_complex)
+    if len(names) == 1:  # a zero-padded network has its waves on a larger torus
+        waves = [wave[tuple(slice(n) for n in shape[1:])] if wave.dim() == len(shape) - 1 else wave for wave in waves]
     directions = [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
     directions.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
     trials: list[Attack] = []

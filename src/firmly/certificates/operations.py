@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Number, Real
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firmly.certificates import activations, normalisation, pooling  # noqa: F401  (register their rules)
-from firmly.certificates.pooling import along_axes, per_axis
+from firmly.certificates.pooling import per_axis
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.certificates.torch_maps import AxisMaps, Rearrange, TorchConvolution
 from firmly.linear.convolution import Convolution
@@ -89,7 +88,7 @@ def divide(tracer: Tracer, a: Any, b: Any, *, rounding_mode: str | None = None) 
 
 @handles(torch.cat, torch.concat, joins=True)
 def concatenate(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
-    """Sum of the embeddings of every traced part."""
+    """Sum of the embeddings of every traced part; one rearrangement if all are parts of one value."""
     first = next(t for t in tensors if isinstance(t, Signal))
     axis = dim % first.dim()
     if axis == 0:
@@ -101,15 +100,31 @@ def concatenate(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
     for part in tensors:
         if isinstance(part, Signal):
             index = torch.full(shape, -1)
-            numbers = torch.arange(math.prod(part.shape[1:])).reshape(part.shape[1:])
+            origin, numbers = rearranged_from(part)
             index.narrow(axis - 1, offset, part.shape[axis]).copy_(numbers)
-            parts.append((1.0, part.linear(Rearrange(part.shape[1:], index))))
+            parts.append((origin, index))
         offset += part.shape[axis]
-    return parts[0][1].combined(parts)
+    origin = parts[0][0]
+    if all(other.node == origin.node for other, _ in parts):  # what one part leaves open, -1, the others fill
+        index = torch.stack([index for _, index in parts]).amax(0)
+        return origin.linear(Rearrange(origin.shape[1:], index))
+    pieces = [(1.0, origin.linear(Rearrange(origin.shape[1:], index))) for origin, index in parts]
+    return pieces[0][1].combined(pieces)
+
+
+def rearranged_from(x: Signal) -> tuple[Signal, Tensor]:
+    """The value that `x` is a rearrangement of, and the index of its entries there: `x[i] = origin[index[i]]`."""
+    shape, index = x.shape[1:], torch.arange(x.numel())
+    node = x.tracer.system.nodes[x.node]
+    while isinstance(getattr(node, "map", None), Rearrange):
+        index = torch.where(index < 0, index, node.map.index[index])  # type: ignore[union-attr]
+        x = Signal(x.tracer, node.parent)  # type: ignore[union-attr]
+        node = x.tracer.system.nodes[x.node]
+    return x, index.reshape(shape)
 
 
 @handles(torch.stack, joins=True)
-def stack(tracer: Tracer, tensors: Any, dim: int = 0) -> Signal:
+def stack(tracer: Tracer, tensors: Any, dim: int = 0) -> Any:
     return torch.cat([t.unsqueeze(dim) for t in tensors], dim)
 
 

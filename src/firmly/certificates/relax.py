@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from firmly.certificates.embedding import EMBEDDED, embedded, torus_of
 from firmly.certificates.system import Coefficient, Input, Linear, Nonlinear, Sum, System, parents
 from firmly.errors import NotCertifiable, NotDiagonal
-from firmly.linear.basis import Basis
+from firmly.linear.basis import Basis, Fourier
 from firmly.linear.map import LinearMap
 from firmly.linear.mask import Diagonal
 from firmly.linear.symbol import Symbol
@@ -250,5 +251,9 @@ def unit(term: Term) -> Term:
 
 def relaxed(system: System, basis: Basis) -> tuple[System, list[str]]:
     """The system with every map diagonal in `basis`, and what was relaxed, in words; may raise `NotDiagonal`."""
+    notes: list[str] = []
+    if isinstance(basis, Fourier) and basis.spatial == torus_of(system):
+        notes.append(f"{EMBEDDED} {basis.spatial}")
+        system = embedded(system, basis.spatial)
     relaxation = Relaxation(system, basis)
-    return relaxation.run(), sorted(set(relaxation.relaxed))
+    return relaxation.run(), [*notes, *sorted(set(relaxation.relaxed))]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from firmly.certificates.embedding import torus_of
 from firmly.certificates.relax import Norms, relaxed
 from firmly.certificates.system import Nonlinear, System
 from firmly.errors import NotCertifiable, NotDiagonal
@@ -42,7 +43,10 @@ def choices(system: System) -> Iterator[BasisChoice]:
 
     Fourier comes before dense: for shift-invariant systems the multipliers of a neuron's shifts may be averaged, the
     problem being convex: one for each channel gives the bound of one for each neuron, at a fraction of the cost.
+    Zero-padded networks have the frequencies of a larger torus.
     """
+    if (torus := torus_of(system)) is not None:
+        yield BasisChoice("fourier", torus)
     for spatial in dict.fromkeys(tuple(n.shape[1:]) for n in system.nodes if len(n.shape) > 1):
         yield BasisChoice("fourier", spatial)
     columns = sum(math.prod(n.shape) for n in [*system.inputs, *(n for n in system.nodes if isinstance(n, Nonlinear))])

@@ -45,16 +45,22 @@ class Rearrange(LinearMap):
             return super()._symbol(basis)
         if self.keeps_pixels() and basis.channels(self.domain) == basis.channels(self.codomain):
             return basis.identity(self.codomain)
-        pixels = math.prod(basis.spatial) if isinstance(basis, Fourier) else 0
-        if pixels and basis.channels(self.domain) and basis.channels(self.codomain):
-            rows = self.index.reshape(-1, pixels)
-            blank = (rows == -1).all(1)
-            first = torch.div(rows[:, 0], pixels, rounding_mode="floor").clamp(min=0)
-            whole = (rows == first[:, None] * pixels + torch.arange(pixels)).all(1)
-            if bool((whole | blank).all()):  # whole channels, nothing moved, and channels of zeros
-                selection = torch.nn.functional.one_hot(first, basis.channels(self.domain)).double()
-                return basis.exact(torch.where(blank[:, None], 0.0, selection)[None])
+        if isinstance(basis, Fourier) and basis.channels(self.domain) and basis.channels(self.codomain):
+            source = self.channels(math.prod(basis.spatial))
+            if source is not None:
+                selection = torch.nn.functional.one_hot(source.clamp(min=0), basis.channels(self.domain)).double()
+                return basis.exact(torch.where(source[:, None] < 0, 0.0, selection)[None])
         return super()._symbol(basis)
+
+    def channels(self, pixels: int | None = None) -> Tensor | None:
+        """The channel that each channel of the result is, -1 for zeros; None unless whole channels are taken."""
+        pixels = math.prod(self.domain[1:]) if pixels is None else pixels
+        if len(self.index) % pixels:
+            return None
+        rows = self.index.reshape(-1, pixels)
+        source = torch.div(rows[:, 0], pixels, rounding_mode="floor")  # -1 for a blank
+        whole = (rows == source[:, None] * pixels + torch.arange(pixels)).all(1)
+        return source if bool((whole | (rows == -1).all(1)).all()) else None
 
 
 def rearrange(domain: Sequence[int], function: Callable[[Tensor], Tensor]) -> Rearrange:

@@ -130,12 +130,13 @@ def matrix_error(part: Pencil, row_error: Tensor, output_error: Tensor, rho: flo
 # -- whole certificates --------------------------------------------------------------------------------------------
 
 
-def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate:
+def verify(certificate: str | Path | Certificate, net: nn.Module, exact: bool = False) -> Certificate:
     """Check a certificate, or the file of one, against a network, without any solver; returns it if it holds.
 
     The network is traced anew, its linear part turned into error-bounded blocks, and the inequality proved again with
     the stored multipliers; the stored pair of inputs is run through the network. Raises `VerificationError` if the
-    certificate belongs to other weights, or if either side of the bracket does not hold.
+    certificate belongs to other weights, or if either side of the bracket does not hold. With `exact` the inequality is
+    proved once more in ball arithmetic (extra `exact`), for systems up to a few hundred variables.
     """
     cert = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
     try:
@@ -144,6 +145,10 @@ def verify(certificate: str | Path | Certificate, net: nn.Module) -> Certificate
         raise
     except (FirmlyError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise VerificationError(f"this certificate does not fit this network: {error}") from error
+    if exact:
+        from firmly.certificates.exact_arithmetic import prove_exactly
+
+        prove_exactly(cert, net)
     return cert
 
 
