@@ -25,7 +25,12 @@ out = Console(highlight=False, soft_wrap=True)
 
 Method = Literal["auto", "product", "averaged", "direct", "virtual", "spectral"]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
-Model = Annotated[str, typer.Argument(help="A run folder, a file of weights inside one, or module:factory.")]
+Model = Annotated[
+    str, typer.Argument(help="A run folder, a file (.onnx, .pt2, .safetensors), or package.module:factory.")
+]
+Build = Annotated[
+    str | None, typer.Option("--model", help="package.module:factory of the network that a .safetensors file is for.")
+]
 
 
 @app.command()
@@ -68,19 +73,25 @@ def certify(
     method: Annotated[Method, typer.Option(help="The bound to compute; auto tries all that apply.")] = "auto",
     wrt: Annotated[str, typer.Option(help="The input that is perturbed: data, start or both.")] = "data",
     shape: Annotated[str | None, typer.Option(help="Shape of the input without the batch, such as 3,32,32.")] = None,
+    build: Build = None,
 ) -> None:
     """Bound how far the output of a model can move, print the table and write the certificate."""
     from firmly.lab.commands import certify_model
 
-    certify_model(model, output, method, wrt, shape, out)
+    certify_model(model, output, method, wrt, shape, out, build)
 
 
 @app.command()
-def verify(certificate: Annotated[Path, typer.Argument(help="The certificate file.")], model: Model) -> None:
+def verify(
+    certificate: Annotated[Path, typer.Argument(help="The certificate file.")],
+    model: Model,
+    build: Build = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Repeat the proof in ball arithmetic (extra 'exact').")] = False,
+) -> None:
     """Check a certificate against a model without any solver; exit code 0 only if it holds."""
     from firmly.lab.commands import verify_certificate
 
-    verify_certificate(certificate, model, out)
+    verify_certificate(certificate, model, out, build, exact)
 
 
 @app.command()
@@ -89,11 +100,12 @@ def attack(
     image: Annotated[Path | None, typer.Option(help="An image file (default: a held-out photograph).")] = None,
     radius: Annotated[float, typer.Option(help="Largest Euclidean norm of the perturbation.")] = 0.5,
     shape: Annotated[str | None, typer.Option(help="Shape of the input without the batch, such as 3,32,32.")] = None,
+    build: Build = None,
 ) -> None:
     """Search the perturbation of a measurement that moves the output of a model most."""
     from firmly.lab.commands import attack_model
 
-    attack_model(model, image, radius, shape, out)
+    attack_model(model, image, radius, shape, out, build)
 
 
 @app.command()

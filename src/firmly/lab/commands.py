@@ -105,9 +105,9 @@ def show_catalogue(out: Console) -> None:
 
 
 def certify_model(
-    model: str, output: Path | None, method: str, wrt: str, shape: str | None, out: Console
+    model: str, output: Path | None, method: str, wrt: str, shape: str | None, out: Console, build: str | None = None
 ) -> None:  # fmt: skip
-    network, origin = load_model(model)
+    network, origin = load_model(model, build)
     try:
         certificate = find_certificate(network, wrt=wrt, method=method, shape=parsed_shape(shape))  # type: ignore[arg-type]
     except FirmlyError:
@@ -144,20 +144,24 @@ def print_certificate(certificate: Certificate, out: Console) -> None:
         out.print(f"  assumes: {escape(sentence)}", style="dim")
 
 
-def verify_certificate(path: Path, model: str, out: Console) -> None:
-    network, _ = load_model(model)
+def verify_certificate(
+    path: Path, model: str, out: Console, build: str | None = None, exact: bool = False
+) -> None:  # fmt: skip
+    network, _ = load_model(model, build)
     try:
-        certificate = check_certificate(path, network)
+        certificate = check_certificate(path, network, exact=exact)
     except FileNotFoundError as error:
         raise StorageError(f"there is no certificate {path}") from error
     out.print(
         f"the certificate holds for these weights: {certificate.lower:.6g} <= L <= {certificate.upper:.6g} "
-        f"with respect to {' and '.join(certificate.wrt)}"
+        f"with respect to {' and '.join(certificate.wrt)}" + (", proved in ball arithmetic" if exact else "")
     )
 
 
-def attack_model(model: str, image: Path | None, radius: float, shape: str | None, out: Console) -> None:
-    network, origin = load_model(model)
+def attack_model(
+    model: str, image: Path | None, radius: float, shape: str | None, out: Console, build: str | None = None
+) -> None:  # fmt: skip
+    network, origin = load_model(model, build)
     if origin is not None:
         size = origin.settings.size
         truth = centre_crop(read_image(image) if image else photographs("test")[0], size)[None]
