@@ -76,7 +76,7 @@ def forward_multipliers(found: Layers) -> Tensor:
 
 def backward_multipliers(found: Layers) -> Tensor:
     """One factor per layer of a chain, from the last to the first."""
-    O = full(found.output[len(found.rows)], found.sizes[-1]).value[0]
+    O = full(found.output[len(found.rows)], found.outputs).value[0]
     K, mu = O.mH @ O, []
     for i in reversed(range(len(found.rows))):
         s, r = centre_and_radius(found.slopes[i])

@@ -30,7 +30,7 @@ def block_matrix(found: Layers, mu: Tensor, rho: float | None = None) -> BlockMa
     for j, left in found.output.items() if rho is not None else ():
         for k, right in found.output.items():
             if k <= j:
-                add(M, j, k, -full(left, found.sizes[j]).value[0].mH @ full(right, found.sizes[k]).value[0])
+                add(M, j, k, -full(left, found.outputs).value[0].mH @ full(right, found.outputs).value[0])
     return M
 
 
@@ -118,7 +118,7 @@ def output_response(found: Layers, nu: Tensor, order: Sequence[int]) -> tuple[Te
     factor = factorise(block_matrix(found, nu), order)
     if factor is None:
         return None
-    Y = factor.solve({j: full(block, found.sizes[j]).value[0].mH for j, block in found.output.items()})
+    Y = factor.solve({j: full(block, found.outputs).value[0].mH for j, block in found.output.items()})
     R = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
     return (R, factor, Y) if bool(R.isfinite().all()) else None
 

@@ -36,6 +36,7 @@ class Layers:
 
     sizes: list[int]  # of all variables
     inputs: int  # how many of them are inputs
+    outputs: int  # entries of the output
     rows: list[Row]
     output: Row
     slopes: list[tuple[float, float]]
@@ -60,9 +61,9 @@ class Layers:
         return torch.cat(sums)
 
 
-def layers(system: System) -> Layers:
-    """The layers of a system, wide inputs and outputs reduced; raises `NotCertifiable` where they take too much
-    memory."""
+def layers(system: System, reduced: bool = True) -> Layers:
+    """The layers of a system, wide inputs and outputs reduced if asked; raises `NotCertifiable` where they take too
+    much memory."""
     check_size(system)
     basis = Dense()
     symbols: dict[int, Symbol] = {}
@@ -97,9 +98,11 @@ def layers(system: System) -> Layers:
     output = dict(values[system.output])
     if not all(bool(b.value.isfinite().all()) for row in [*rows, output] for b in row.values()):
         raise NotCertifiable("the network has weights that are not finite numbers, or so large that they overflow")
-    found = Layers(sizes, len(system.inputs), rows, output, slopes, owner)
-    reduce_inputs(found)
-    reduce_output(found, math.prod(system.nodes[system.output].shape))
+    outputs = math.prod(system.nodes[system.output].shape)
+    found = Layers(sizes, len(system.inputs), outputs, rows, output, slopes, owner)
+    if reduced:
+        reduce_inputs(found)
+        reduce_output(found)
     return found
 
 
@@ -189,17 +192,18 @@ def reduce_inputs(found: Layers) -> None:
         found.sizes[k] = sum(heights)
 
 
-def reduce_output(found: Layers, size: int) -> None:
+def reduce_output(found: Layers) -> None:
     """Replace the output O x by R x with O = Q R, which has the same norm, where R has fewer rows."""
     seen = sorted(found.output)
     width = sum(found.sizes[j] for j in seen)
-    if size <= width or all(found.output[j].value.numel() == 1 for j in seen):
+    if found.outputs <= width or all(found.output[j].value.numel() == 1 for j in seen):
         return
-    stacked = torch.cat([full(found.output[j], size).value[0] for j in seen], dim=1)
+    stacked = torch.cat([full(found.output[j], found.outputs).value[0] for j in seen], dim=1)
     Q, R = torch.linalg.qr(stacked)
     lost = orthogonal_error(stacked, Q, R)
     for j, part in zip(seen, R.split([found.sizes[j] for j in seen], dim=1)):
         found.output[j] = Symbol(part[None].contiguous(), error(found.output[j]) + lost)
+    found.outputs = width
 
 
 def orthogonal_error(A: Tensor, Q: Tensor, R: Tensor) -> Tensor:

@@ -64,12 +64,10 @@ class Search:
         self.found = found
         self.deadline = deadline
         self.order = elimination_order(found)
-        self.size = next(iter(found.output.values())).value.shape[1]
-        self.size = found.sizes[next(iter(found.output))] if self.size == 1 else self.size
         self.best, self.best_nu, self.evaluations = math.inf, nu, 0
 
     def run(self, tolerance: float) -> None:
-        excess = math.log(self.size + 1)  # p-th of it is how far the smoothed maximum can be above the maximum
+        excess = math.log(self.found.outputs + 1)  # p-th of it is how far the smoothed maximum can be above the maximum
         p, last = min(8.0, excess / tolerance), excess / tolerance
         theta = self.best_nu.log()
         while True:
