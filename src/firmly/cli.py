@@ -86,7 +86,7 @@ def verify(
     certificate: Annotated[Path, typer.Argument(help="The certificate file.")],
     model: Model,
     build: Build = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Repeat the proof in ball arithmetic (extra 'exact').")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Prove it again in ball arithmetic (extra: exact).")] = False,
 ) -> None:
     """Check a certificate against a model without any solver; exit code 0 only if it holds."""
     from firmly.lab.commands import verify_certificate

@@ -21,7 +21,7 @@ from firmly.certificates import certify as find_certificate
 from firmly.certificates import verify as check_certificate
 from firmly.data import catalogue, centre_crop, photographs, read_image
 from firmly.errors import DataError, FirmlyError, SettingsError, StorageError
-from firmly.lab.charts import number
+from firmly.lab.charts import at_least, at_most
 from firmly.lab.experiments import EXPERIMENTS, find
 from firmly.lab.models import FromRun, load_model, read_run
 from firmly.lab.pipeline import run_experiment
@@ -48,7 +48,7 @@ def start_run(experiment: str, assignments: Sequence[str], folder: Path | None, 
     table = Table("method", "PSNR, dB", "SSIM", "worst-case amplification", box=None, header_style="dim")
     for m in results["methods"]:
         worst = m["worst_case"]
-        bracket = "" if not worst else f"{number(worst['lower'])} .. {number(worst['upper'] or float('inf'))}"
+        bracket = "" if not worst else f"{at_least(worst['lower'])} .. {at_most(worst['upper'] or float('inf'))}"
         table.add_row(m["name"], f"{m['psnr']:.2f}", f"{m['ssim']:.4f}", bracket)
     out.print(table)
     certificate = results["certificate"]
@@ -231,17 +231,12 @@ def compare_runs(folders: Sequence[Path], out: Console) -> None:
     out.print(table)
 
 
-def run_benchmarks(arguments: list[str], out: Console) -> int:
-    """Run `benchmarks/` of a checkout; returns its exit code."""
-    folder = Path("benchmarks")
-    known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
-    if not known:
+def run_benchmarks(arguments: Sequence[str], out: Console) -> int:
+    """Run `python -m benchmarks` of a checkout with these arguments; returns its exit code."""
+    if not Path("benchmarks/__main__.py").exists():
         raise SettingsError("the benchmarks are in the repository, not in the package: run this in a checkout")
-    for claim in arguments:
-        if "=" not in claim and claim not in known:
-            raise SettingsError(f"there is no claim {claim!r}; there are {', '.join(known)}")
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    out.print(" ".join(["python", *command[1:]]), style="dim")
+    out.print(" ".join(command), style="dim")
     return subprocess.run(command).returncode
 
 
