@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.runner.machine import peak_memory
 
 WIDTH, WEIGHT, PENALTY, THRESHOLD, SIDE, FILTERS = 1.6, 0.01, 0.1, 0.05, 5, 16
 
@@ -167,18 +168,13 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def peak() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def main(name: str, size: int, batch: int, depth: int, steps: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(batch, 1, size, size, generator=generator)
     data = torch.fft.irfft2(torch.fft.rfft2(truth) * transfer(size), s=(size, size))
     network = NETWORKS[name](size, depth)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
-    before, losses, times = peak(), [], []
+    before, losses, times = peak_memory(), [], []
     for _ in range(steps):
         started = time.perf_counter()
         loss = (network(data) - truth).square().mean()
@@ -187,7 +183,7 @@ def main(name: str, size: int, batch: int, depth: int, steps: int) -> dict[str, 
         optimiser.step()
         times.append(time.perf_counter() - started)
         losses.append(float(loss.detach()))
-    return {"loss": losses[0], "ms": 1e3 * statistics.median(times[1:] or times), "MiB": peak() - before}
+    return {"loss": losses[0], "ms": 1e3 * statistics.median(times[1:] or times), "MiB": peak_memory() - before}
 
 
 if __name__ == "__main__":
