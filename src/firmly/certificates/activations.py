@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from firmly.certificates.signal import Signal, Tracer, handles
-from firmly.prox.prior import Prior, Slope, proximal
+from firmly.prox.prior import Prior, Slope, conjugate_proximal, proximal
 from firmly.prox.ridge import Ridge, ridge_gradient
 
 # Irrational end points are rounded outwards by this much.
@@ -135,6 +135,17 @@ def prior_prox(tracer: Tracer, prior: Prior, z: Signal, step: Any) -> Signal:
     if float(low) == float(high):
         return z.scaled(low)
     return z.nonlinear(Slope(float(low), float(high)), prior.structure)
+
+
+@handles(conjugate_proximal)
+def conjugate_prox(tracer: Tracer, prior: Prior, z: Signal, step: Any) -> Signal:
+    """z - s prox_{g/s}(z / s): slopes 1 - [low, high]. Recorded as one nonlinearity, so that the dual variable is its
+    output and no sum that runs on over the layers, whose error bounds would grow exponentially."""
+    low, high = (float(end) for end in prior.slope_at(1.0 / step))
+    if low == high:
+        return z.scaled(1.0 - low)
+    rounding = 0.0 if (low, high) == (0.0, 1.0) else 4e-16 * (1 + abs(low) + abs(high))
+    return z.nonlinear(Slope(1.0 - high - rounding, 1.0 - low + rounding), prior.structure)
 
 
 @handles(ridge_gradient)

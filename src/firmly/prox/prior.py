@@ -68,7 +68,7 @@ class Prior(nn.Module):
 
     def conjugate_prox(self, z: Tensor, step: float | Tensor = 1.0) -> Tensor:
         """The prox of step g*, the convex conjugate, by Moreau: z - step prox_{g / step}(z / step)."""
-        return z - step * self.prox(z / step, 1.0 / step)
+        return conjugate_proximal(self, z, step)
 
     def forward(self, z: Tensor, step: float | Tensor = 1.0) -> Tensor:
         return self.prox(z, step)
@@ -85,6 +85,13 @@ def proximal(prior: Prior, z: Tensor, step: float | Tensor) -> Tensor:
             f"{prior._get_name()} is a function of real data, given {z.dtype}; use z.real or view_as_real(z)"
         )
     return prior._prox(z, step)
+
+
+def conjugate_proximal(prior: Prior, z: Tensor, step: float | Tensor) -> Tensor:
+    """prior.conjugate_prox(z, step), open to `__torch_function__`: one nonlinearity, not z minus another."""
+    if has_torch_function((z,)):
+        return handle_torch_function(conjugate_proximal, (z,), prior, z, step)
+    return z - step * prior.prox(z / step, 1.0 / step)
 
 
 def sum_over_sample(values: Tensor) -> Tensor:
