@@ -359,12 +359,12 @@ def trace(
     `inputs` gives the shape (without batch) of arguments of `module.forward`; the first is passed by position. An
     argument that is not in `wrt` is left to its default if it has one, else it is held fixed at an unknown value. The
     module is run in double precision on a copy, unless `keep_gradients` asks for a differentiable trace of the module
-    itself. `around` gives every argument (1, *shape) at a point, and the nonlinearities keep their inputs there. Raises
-    `NotCertifiable` with the list of all operations that no bound is known for.
+    itself. `around` gives the arguments (1, *shape) at a point, the first one first, and the nonlinearities keep their
+    inputs there. Raises `NotCertifiable` with the list of all operations that no bound is known for.
     """
     traced = module if keep_gradients else copy.deepcopy(module).double().cpu()
     tracer = Tracer(is_complex)
-    given = arguments(module, inputs, wrt)
+    given = arguments(module, inputs, wrt) if around is None else list(around)
     signals = {}
     for name in given:
         node = tracer.system.append(Input(name, tuple(inputs[name]), is_complex))
