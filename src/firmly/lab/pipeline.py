@@ -107,7 +107,7 @@ def train_all(
         fit("unconstrained", None)
     for budget in settings.budget:
         name = f"budget-{budget:g}"
-        plan = settings.plan(epochs=settings.budget_epochs, learning_rate=settings.learning_rate / 3)
+        plan = settings.plan(epochs=settings.budget_epochs)
         fit(name, settings.cap, start=capped, plan=plan, penalty=BudgetPenalty(budget, settings.steps))
         if engine.primary:
             heard = functools.partial(listen_to_repair, listen, name)
