@@ -183,6 +183,13 @@ class Unknown:
             raise AttributeError(name)
         raise self.tracer.refuse(self.what)
 
+    def __add__(self, *_: Any) -> Any:
+        raise self.tracer.refuse(self.what)
+
+    __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __getitem__ = __len__ = __iter__ = __add__
+    __gt__ = __lt__ = __ge__ = __le__ = __eq__ = __ne__ = __add__  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
 
 def window_count(size: int, kernel: int, stride: int, padding: int, dilation: int, windows: int) -> int:
     """The largest number of windows that one pixel lies in."""
