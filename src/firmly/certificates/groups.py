@@ -89,7 +89,7 @@ def chosen(part: Tensor | slice | None, shape: Shape, name: str) -> Tensor:
         return ~mask
     if isinstance(part, slice):
         mask[part] = True
-    elif part.dtype != torch.bool or torch.broadcast_shapes(part.shape, shape) != torch.Size(shape):
+    elif part.dtype != torch.bool or not broadcasts(part.shape, shape):
         raise ShapeError(
             f"the mask of group '{name}' is Boolean and broadcasts to {shape}, given {part.dtype} {tuple(part.shape)}"
         )
@@ -98,3 +98,7 @@ def chosen(part: Tensor | slice | None, shape: Shape, name: str) -> Tensor:
     if not bool(mask.any()):
         raise ShapeError(f"group '{name}' is empty")
     return mask
+
+
+def broadcasts(part: Shape, shape: Shape) -> bool:
+    return len(part) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(part), reversed(shape)))

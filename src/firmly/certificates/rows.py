@@ -78,8 +78,7 @@ def entry_bounds(system: System, budget_s: float) -> tuple[Tensor, str, list[str
         return torch.full(shape, averaged_bound(family), dtype=torch.float64), choice.name, notes
     best = averaged_rows(family, reduced)
     if choice.name == "fourier" or columns_of(blocked) <= LARGEST_INEQUALITY:
-        mu = best_multipliers(family, reduced, budget_s)
-        if mu is not None:
+        for mu in multipliers(family, reduced, budget_s):
             best = torch.minimum(best, inequality_rows(family, mu, reduced))
     if isinstance(basis, Fourier):
         best = best.reshape(-1, *[1] * (len(shape) - 1)).expand(-1, *shape[1:])
@@ -151,16 +150,17 @@ def averaged_rows(family: Family, reduced: Callable[[Tensor], Tensor]) -> Tensor
 # -- the matrix inequality -----------------------------------------------------------------------------------------
 
 
-def best_multipliers(family: Family, reduced: Callable[[Tensor], Tensor], budget_s: float) -> Tensor | None:
-    """Multipliers that make the mean square of all entries small; None if no feasible ones were found."""
+def multipliers(family: Family, reduced: Callable[[Tensor], Tensor], budget_s: float) -> list[Tensor]:
+    """Those of the smallest joint bound, which no row exceeds with them, and those of the smallest mean square of all
+    rows; none if no feasible ones were found."""
     deadline = time.monotonic() + budget_s
     searched = pencil(family.blocks(torch.arange(len(family))), per_channel=True)
     found = minimise_rho(searched, 1e-3, budget_s / 2)
     if not 0 < found.rho < math.inf:
-        return None
-    start = found.mu / (1.05 * found.rho)
+        return []
+    start = found.mu / (1.001 * found.rho)
     if not len(start):
-        return start
+        return [start]
 
     def objective(mu: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(constraint(searched).matrix(1.0, mu))
@@ -169,7 +169,7 @@ def best_multipliers(family: Family, reduced: Callable[[Tensor], Tensor], budget
         X = torch.linalg.solve_triangular(factor, searched.O.mH, upper=False)
         return reduced(X.abs().square().sum(1)).sum()
 
-    return descend(objective, start, deadline)
+    return [start, descend(objective, start, deadline)]
 
 
 def constraint(family: Pencil) -> Pencil:
