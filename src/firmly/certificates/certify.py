@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from firmly.certificates.certificate import Bound, Certificate
+from firmly.certificates.certificate import Certificate
 from firmly.certificates.family import Family
 from firmly.certificates.lower import lower_bound
-from firmly.certificates.norm_bounds import NORM_BOUNDS
-from firmly.certificates.pencil import pencil
+from firmly.certificates.methods import METHODS, Problem, upper_bounds
+from firmly.certificates.methods import spectral_bound as spectral_bound
 from firmly.certificates.representation import represent
 from firmly.certificates.signal import arguments, trace
-from firmly.certificates.spectral import minimise_rho
 from firmly.certificates.system import weights_hash
-from firmly.certificates.verify import certified_gain
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.map import LinearMap
 
-Method = Literal["auto", "product", "averaged", "direct", "virtual", "spectral"]
+Method = Literal["auto", "product", "averaged", "direct", "virtual", "eclipse", "spectral", "lipsdp", "exact"]
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
 
@@ -44,12 +41,14 @@ def certify(
     arguments ("data" is the first, "both" all). Weights are taken in double precision, as the network is now.
 
     `method`: "product", "averaged" ("direct"), "virtual" (forward-backward only), "spectral" (matrix inequality with
-    shared multipliers), or "auto" for all that apply; the smallest bound is returned. `tolerance` is the relative
-    accuracy of the spectral bound and `budget_s` the seconds it may take. Raises `NotCertifiable` for what no sound
+    shared multipliers), "lipsdp" (a multiplier per neuron), "eclipse" (one per layer in closed form), "exact" (about
+    twenty neurons, or weights whose signs agree), or "auto": those that may help, cheap ones first, until the relative
+    gap to the lower end is below `tolerance` or `budget_s` seconds have passed; the smallest bound is returned.
+    `tolerance` is also the relative accuracy of the searches for multipliers. Raises `NotCertifiable` for what no sound
     bound is known of.
     """
-    if method != "auto" and method != "spectral" and method not in NORM_BOUNDS:
-        raise ValueError(f"unknown method {method!r}: choose auto, spectral, {', '.join(NORM_BOUNDS)}")
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose auto, {', '.join(METHODS)}")
     inputs = input_shapes(net, shape)
     names = perturbed_inputs(inputs, wrt)
     is_complex = any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
@@ -57,75 +56,38 @@ def certify(
     system = trace(net, inputs, names, is_complex)
     choice, basis, blocked, relaxations = represent(system)
     family = Family(blocked, basis)
-    bounds: list[Bound] = []
-    for name, bound in NORM_BOUNDS.items():
-        if method == name or (method == "auto" and name != "direct"):
-            started = time.perf_counter()
-            try:
-                bounds.append(Bound(name, bound(family), time.perf_counter() - started))
-            except NotCertifiable:
-                if method == name:
-                    raise
-    multipliers, per_channel = None, choice.name in ("dense", "fourier")
-    if method in ("auto", "spectral"):
-        found, multipliers = spectral_bound(family, per_channel, tolerance, budget_s)
-        bounds.append(found)
-    best = min(bounds, key=lambda b: b.value)
-    if not best.value < float("inf"):
-        raise NotCertifiable(
-            f"no finite bound was found for this network (methods tried: {[b.method for b in bounds]})"
-        )
+    problem = Problem(system, choice, family, relaxations, tolerance, time.monotonic() + budget_s)
     attained = lower_bound(net, inputs, names, is_complex, choice, family, max(0.2 * budget_s, 1.0))
-    if attained.ratio > best.value * (1 + 1e-6):
+    proofs = upper_bounds(problem, method, attained.ratio)
+    best = min(proofs, key=lambda proof: proof.bound.value)
+    upper = best.bound.value
+    if not upper < float("inf"):
+        tried = [proof.bound.method for proof in proofs]
+        raise NotCertifiable(f"no finite bound was found for this network (methods tried: {tried})")
+    if attained.ratio > upper * (1 + 1e-6):
         raise NotCertifiable(
-            f"the network moves two inputs apart {attained.ratio:.9g} times, above the bound {best.value:.9g} of its "
-            f"trace by '{best.method}': it does not compute the same each time (random numbers, a state that changes), "
-            "or the trace is wrong, which we would like to hear of"
+            f"the network moves two inputs apart {attained.ratio:.9g} times, above the bound {upper:.9g} of its "
+            f"trace by '{best.bound.method}': it does not compute the same each time (random numbers, a state that "
+            "changes), or the trace is wrong, which we would like to hear of"
         )
+    notes = relaxations if best.basis == choice else []
     return Certificate(
-        lower=min(attained.ratio * (1 - 1e-12), best.value),
-        upper=best.value,
-        method=best.method,
-        bounds=bounds,
+        lower=min(attained.ratio * (1 - 1e-12), upper),
+        upper=upper,
+        method=best.bound.method,
+        bounds=[proof.bound for proof in proofs],
         wrt=names,
         inputs=inputs,
         is_complex=is_complex,
-        basis=choice,
-        per_channel=per_channel,
-        assumptions=[*assumptions(net, inputs, names), *system.assumptions, *relaxations],
+        basis=best.basis,
+        per_channel=best.per_channel,
+        assumptions=[*assumptions(net, inputs, names), *system.assumptions, *notes],
         weights_hash=weights_hash(net),
         system_hash=system.fingerprint(),
         point=attained.point,
         perturbation=attained.perturbation,
-        multipliers=multipliers if best.method == "spectral" else None,
+        multipliers=best.multipliers,
     )
-
-
-def spectral_bound(family: Family, per_channel: bool, tolerance: float, budget_s: float) -> tuple[Bound, Tensor]:
-    """The matrix inequality over all blocks: solved on those that a search holds, checked and verified on all."""
-    started = time.perf_counter()
-    index, start, cuts = family.search_index(), None, 0
-    while True:
-        searched = pencil(family.blocks(index), per_channel)
-        remaining = budget_s - (time.perf_counter() - started)
-        found = minimise_rho(searched, tolerance, remaining, start)
-        start, cuts = found.mu, cuts + found.cuts
-        if len(index) == len(family) or remaining < 0:
-            break
-        values = torch.cat([pencil(part, per_channel).required(found.mu) for part in family.parts()])
-        if float(values.max()) <= found.rho * (1 + tolerance):
-            break
-        index = torch.cat([index, values.topk(min(64, len(values))).indices]).unique()
-    note = f"{len(family)} blocks of width {searched.width}, {searched.multipliers} multipliers, {cuts} cuts"
-    value, mu = math.inf, found.mu
-    for share in (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):  # an optimum on the boundary is not proved; a point inside is
-        trial = (1 - share) * found.mu + share * found.interior
-        proved = certified_gain(family, trial, per_channel)
-        if proved < value:
-            value, mu = proved, trial
-        if value <= math.sqrt(found.rho) * (1 + 10 * tolerance):
-            break
-    return Bound("spectral", value, time.perf_counter() - started, note), mu
 
 
 def input_shapes(net: nn.Module, shape: Shapes | None) -> dict[str, tuple[int, ...]]:

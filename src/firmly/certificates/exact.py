@@ -99,12 +99,19 @@ def signs_agree(found: Layers) -> bool:
     for v, row in enumerate([*found.rows, found.output], found.inputs):
         for j, block in row.items():
             matrix = full(block, heights[v]).value[0]
-            if matrix.is_complex():
+            if matrix.is_complex() or not rows_agree(matrix.sign()):
                 return False
             rows, columns = matrix.nonzero().T
             pairs.append(torch.stack([rows + first[v], columns + first[j]]))
             negative.append(matrix[rows, columns] < 0)
     return balanced(torch.cat(pairs, dim=1), torch.cat(negative), sum(heights))
+
+
+def rows_agree(signs: Tensor) -> bool:
+    """Whether every row has the signs of the first, or the opposite ones, where both are not zero: a quick test that
+    most matrices fail."""
+    products = signs * signs[:1]
+    return not bool(((products > 0).any(1) & (products < 0).any(1)).any())
 
 
 def balanced(pairs: Tensor, negative: Tensor, count: int) -> bool:

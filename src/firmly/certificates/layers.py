@@ -64,7 +64,12 @@ class Layers:
 def layers(system: System, reduced: bool = True) -> Layers:
     """The layers of a system, wide inputs and outputs reduced if asked; raises `NotCertifiable` where they take too
     much memory."""
-    check_size(system)
+    entries = layer_entries(system)
+    if entries > LAYER_ENTRIES:
+        raise NotCertifiable(
+            f"the matrices of this network have {entries:.2g} entries, more than the {LAYER_ENTRIES:.2g} that are kept "
+            "in memory: use method='spectral', 'averaged' or 'product'"
+        )
     basis = Dense()
     symbols: dict[int, Symbol] = {}
     values: list[Row] = []
@@ -106,13 +111,9 @@ def layers(system: System, reduced: bool = True) -> Layers:
     return found
 
 
-def check_size(system: System) -> None:
-    entries = sum(math.prod(m.domain) * math.prod(m.codomain) for m in system.maps if not is_identity(m))
-    if entries > LAYER_ENTRIES:
-        raise NotCertifiable(
-            f"the matrices of this network have {entries:.2g} entries, more than the {LAYER_ENTRIES:.2g} that are kept "
-            "in memory: use method='spectral', 'averaged' or 'product'"
-        )
+def layer_entries(system: System) -> int:
+    """Entries of the matrices of all maps."""
+    return sum(math.prod(m.domain) * math.prod(m.codomain) for m in system.maps if not is_identity(m))
 
 
 def owners(node: Nonlinear) -> Tensor:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from firmly.certificates.blocks import Blocks
 from firmly.certificates.certificate import Certificate
+from firmly.certificates.exact import exact_bound
 from firmly.certificates.family import Family
+from firmly.certificates.layered_proof import layered_gain
+from firmly.certificates.layers import layers
 from firmly.certificates.lower import as_function, measured
 from firmly.certificates.norm_bounds import NORM_BOUNDS
 from firmly.certificates.pencil import Pencil, pencil
@@ -169,6 +172,12 @@ def check(cert: Certificate, net: nn.Module) -> None:
 
 @torch.no_grad()
 def recomputed_upper(system: System, cert: Certificate) -> float:
+    if cert.method == "exact":
+        return exact_bound(system, cert.multipliers)
+    if cert.method in ("eclipse", "lipsdp"):
+        if cert.multipliers is None:
+            raise VerificationError(f"a certificate by '{cert.method}' needs its multipliers, and has none")
+        return layered_gain(layers(system), cert.multipliers, cert.upper**2)
     basis = make_basis(cert.basis, system)
     family = Family(relaxed(system, basis)[0], basis)
     if cert.multipliers is None:
