@@ -167,7 +167,7 @@ def attack_model(
         truth = centre_crop(read_image(image) if image else photographs("test")[0], size)[None]
         y = origin.experiment.measurement(origin.settings, size)(truth, torch.Generator().manual_seed(0))
     else:
-        expected = parsed_shape(shape) or getattr(network, "data_shape", None)
+        expected = parsed_shape(shape) or next(iter(getattr(network, "inputs", {}).values()), None)
         if expected is None:
             raise SettingsError("this module does not know the shape of its input: give it, as in --shape 3,32,32")
         y = read_image(image)[None] if image else torch.rand(1, *expected, generator=torch.Generator().manual_seed(0))
