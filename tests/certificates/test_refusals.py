@@ -367,7 +367,7 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="inputs are"):
         certify(net, wrt="image")
     with pytest.raises(ValueError, match="unknown method"):
-        certify(net, method="lipsdp")  # type: ignore[arg-type]
+        certify(net, method="magic")  # type: ignore[arg-type]
     with pytest.raises(NotCertifiable):
         certify(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), shape=(3,), method="virtual")
 
