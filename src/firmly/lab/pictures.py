@@ -44,3 +44,10 @@ def busiest(image: Tensor, size: int) -> tuple[int, int]:
 def signed(difference: Tensor, scale: float) -> Tensor:
     """A difference as a picture: gray where it is 0, white at +scale, black at -scale."""
     return 0.5 + 0.5 * difference / scale
+
+
+def error_maps(bound: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """The certified error map of an image (1, height, width) and the change by an attack, on one scale for `png`:
+    white is the largest change that the bound allows."""
+    top = float(bound.max()) or 1.0
+    return bound / top, attacked / top
