@@ -3,7 +3,8 @@
 Time of a training step and peak memory, each program in a process of its own, in turn: unrolled forward-backward with a
 soft threshold against deepinv's unfolded PGD (BlurFFT, L1Prior, its own environment on the same torch) and against the
 loop written out in plain PyTorch; half-quadratic splitting with 16 learned filters of 5 x 5, without and with the cap
-that a certificate needs, against the loop with conv2d. All networks of a family start with the same loss.
+that a certificate needs, against the loop with conv2d. All networks of a family start with the same loss. Ratios are
+of processor time, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ def measure(quick: bool) -> Result:
         rows = [{"network": name, **middle(runs)} for name, runs in found.items() if runs]
         ours = rows[0]
         for row in rows:
-            row |= {"ratio of times": row["ms per step"] / ours["ms per step"]}
+            row["ratio to firmly"] = row["ms of the processor"] / ours["ms of the processor"]
         losses = [row["loss at the start"] for row in rows]
         if max(losses) > min(losses) * (1 + 1e-4):
             raise RuntimeError(f"{title}: the networks do not compute the same, their losses are {losses}")
         tables.append(Table(f"{title}: {depth} layers, {batch} images of {size} x {size}", rows, "; ".join(remarks)))
         targets += [
-            Target(f"{title}: not slower than {row['network']}", f"{row['ratio of times']:.2f} times faster",
-                   row["ratio of times"] >= 1) for row in rows if not str(row["network"]).startswith("firmly")
+            Target(f"{title}: not slower than {row['network']}", f"{row['ratio to firmly']:.2f} times faster",
+                   row["ratio to firmly"] >= 1) for row in rows if not str(row["network"]).startswith("firmly")
         ]  # fmt: skip
     return Result(tables, targets)
 
@@ -74,6 +75,7 @@ def trained(network: str, sizes: tuple[int, ...], quick: bool) -> dict:
 def middle(runs: list[dict]) -> dict:
     return {
         "ms per step": statistics.median(run["ms"] for run in runs),
+        "ms of the processor": statistics.median(run["cpu"] for run in runs),
         "MiB at the peak": statistics.median(run["MiB"] for run in runs),
         "loss at the start": runs[0]["loss"],
     }
