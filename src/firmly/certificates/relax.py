@@ -5,7 +5,7 @@ The result is a system in which every map is diagonal. It is looser than the ori
 - `A.T A` of any map is symmetric with spectrum in [0, |A|^2]: slopes [0, |A|^2].
 - `A.T R(A .)` with slopes of R in [0, b] has slopes [0, b |A|^2]: <dp, dx> = <dv, A dx> >= |dv|^2 / b >= |dp|^2 / (b
   |A|^2).
-- an entrywise product with real factors in [a, b] has slopes [a, b].
+- a self-adjoint map with spectrum in [a, b] (an entrywise product, a resolvent) has slopes [a, b].
 - any other map has |v| <= |A| |z|: slopes [-|A|, |A|].
 - an input that is seen only through such maps is replaced by their outputs, whose norms |A_k| |d| add up in squares.
 """
@@ -22,8 +22,9 @@ from firmly.certificates.embedding import EMBEDDED, embedded, torus_of
 from firmly.certificates.system import Coefficient, Input, Linear, Nonlinear, Sum, System, parents
 from firmly.errors import NotCertifiable, NotDiagonal
 from firmly.linear.basis import Basis, Fourier
-from firmly.linear.map import LinearMap
+from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.mask import Diagonal
+from firmly.linear.resolvent import Resolvent
 from firmly.linear.symbol import Symbol
 from firmly.prox.prior import Slope
 
@@ -146,6 +147,8 @@ class Relaxation:
         if node.map.T is term.map:
             slope = Slope.outward(0.0, term.map.norm().upper ** 2)
             return self.block(term.value, slope, term.map, shape, (*term.path(), id(node.map)))
+        if self.has_coordinates(node.map.domain):
+            return self.gain_of(node.map, self.gain_of(term.map, term.value, node.map.domain), shape)
         size = node.map.norm().upper * term.map.norm().upper
         return self.block(term.value, ball(size), node.map, shape, (*term.path(), id(node.map)))
 
@@ -171,11 +174,7 @@ class Relaxation:
         """A node for linear_map(parent): exact if diagonal, else a block."""
         if self.is_diagonal(linear_map):
             return self.new.append(Linear(linear_map, parent, shape))
-        if isinstance(linear_map, Diagonal) and not linear_map.is_complex:
-            weight = linear_map.weight.double()
-            slope = Slope(float(weight.min()), float(weight.max()))
-            return self.block(parent, slope, linear_map, shape, (id(linear_map),))
-        return self.block(parent, ball(linear_map.norm().upper), linear_map, shape, (id(linear_map),))
+        return self.block(parent, spectrum(linear_map), linear_map, shape, (id(linear_map),))
 
     def block(
         self, parent: int, slope: Slope, reason: LinearMap | None, shape: tuple[int, ...], path: tuple[int, ...]
@@ -238,6 +237,18 @@ class Relaxation:
 
     def codomain_of(self, term: Term) -> tuple[int, ...]:
         return term.inner.codomain if term.inner is not None else self.new.nodes[term.value].shape
+
+
+def spectrum(linear_map: LinearMap) -> Slope:
+    """The interval of the spectrum of a map that is known to be self-adjoint, else the ball of its norm."""
+    plain = linear_map.of if isinstance(linear_map, Adjoint) else linear_map
+    if isinstance(plain, Diagonal) and not plain.is_complex:
+        weight = plain.weight.double()
+        return Slope(float(weight.min()), float(weight.max()))
+    if isinstance(plain, Resolvent):
+        weight = float(plain.weight.detach())
+        return Slope.outward(1 / (plain.of.norm().upper ** 2 + weight), 1 / weight)
+    return ball(linear_map.norm().upper)
 
 
 def ball(size: float) -> Slope:
