@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 
-Method = Literal["auto", "product", "averaged", "direct", "virtual", "spectral"]
+Method = Literal["auto", "product", "averaged", "direct", "virtual", "eclipse", "spectral", "lipsdp", "exact"]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
 Model = Annotated[
     str, typer.Argument(help="A run folder, a file (.onnx, .pt2, .safetensors), or package.module:factory.")

@@ -49,7 +49,7 @@ def prove_exactly(cert: Certificate, net: nn.Module) -> None:
         from flint import ctx
     except ImportError as error:
         raise SettingsError("exact verification needs python-flint: pip install 'firmly[exact]'") from error
-    if cert.multipliers is None:
+    if cert.multipliers is None or cert.method == "exact":
         raise VerificationError(
             f"the bound by '{cert.method}' is made of norms and has no multipliers to prove exactly; "
             "certify(..., method='spectral') gives one that has"

@@ -90,8 +90,9 @@ def layers(system: System, reduced: bool = True) -> Layers:
         elif isinstance(node, Sum):
             total: Row = {}
             for coefficient, parent in node.terms:
+                factor = float(coefficient.detach() if isinstance(coefficient, Tensor) else coefficient)
                 for j, block in values[parent].items():
-                    block = block if float(coefficient) == 1.0 else block.scale(float(coefficient))
+                    block = block if factor == 1.0 else block.scale(factor)
                     total[j] = plus(total[j], block, size) if j in total else block
             values.append(total)
         else:
@@ -137,7 +138,10 @@ def is_identity(linear_map: LinearMap) -> bool:
 
 
 def symbol_of(linear_map: LinearMap, basis: Dense) -> Symbol:
-    return scalar(1.0) if is_identity(linear_map) else linear_map.symbol(basis)
+    if is_identity(linear_map):
+        return scalar(1.0)
+    symbol = linear_map.symbol(basis)
+    return Symbol(symbol.value.detach(), symbol.error)
 
 
 def after(symbol: Symbol, block: Symbol) -> Symbol:

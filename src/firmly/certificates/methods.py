@@ -67,12 +67,15 @@ class Problem:
         return self.deadline - time.monotonic()
 
     def worth_layers(self) -> bool:
-        """Whether 'auto' looks at the layers: the basis loses something, and one factorisation takes seconds at
-        most."""
+        """Whether 'auto' looks at the layers: the basis loses something, and a factorisation takes seconds at most.
+
+        A Fourier basis loses little even where it relaxes a map, so that only a quick look is worth it there.
+        """
         exact_elsewhere = self.choice.name != "dense" and not self.relaxations
         if exact_elsewhere or self.system.is_complex or layer_entries(self.system) > LAYER_ENTRIES:
             return False
-        return elimination_cost(self.layers, elimination_order(self.layers)) <= EVALUATION
+        limit = EVALUATION if self.choice.name in ("dense", "norms") else 0.001 * EVALUATION
+        return elimination_cost(self.layers, elimination_order(self.layers)) <= limit
 
 
 def norm_method(name: str) -> Callable[[Problem], Proof]:

@@ -20,7 +20,10 @@ METHOD_NAMES = {
     "averaged": "averaged recursion",
     "direct": "direct recursion",
     "virtual": "virtual network",
+    "eclipse": "ECLipsE-Fast",
     "spectral": "spectral LMI",
+    "lipsdp": "LipSDP per neuron",
+    "exact": "exact over all slopes",
 }
 
 
