@@ -31,9 +31,9 @@ setup: .venv/.installed-test
 demo: setup
 	$(BIN)/firmly run deblur
 
-# one thread for each of the parallel processes
+# one thread for each of the parallel processes, and none that spins while it waits
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from firmly.certificates.pencil import pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.spectral import causal_multipliers, minimise_rho
 from firmly.certificates.verify import certified_gain
-from firmly.errors import FirmlyError, VerificationError
+from firmly.errors import FirmlyError, StorageError, VerificationError
 from firmly.linear import Blur, Dense, FourierSampling
 from firmly.prox import L1
 
@@ -318,6 +318,6 @@ def test_a_failed_write_leaves_no_file(cert, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError):
+    with pytest.raises(StorageError, match="the disk is full"):
         cert.save(tmp_path / "net")
     assert not list(tmp_path.iterdir())

@@ -17,9 +17,9 @@ from firmly.data import (
     photographs,
     pixel_mask,
     read_image,
-    write_atomically,
 )
 from firmly.errors import DataError, StorageError
+from firmly.storage import write_atomically
 
 
 def generator(seed=0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from firmly.certificates.representation import BasisChoice
 from firmly.errors import VerificationError
+from firmly.storage import write_atomically
 
 FORMAT = 1
 
@@ -73,20 +73,12 @@ class Certificate:
         """Write the certificate to one safetensors file, atomically; returns its path."""
         from safetensors.torch import save
 
-        path = Path(path)
         facts = {k: v for k, v in asdict_shallow(self).items() if k not in ("point", "perturbation", "multipliers")}
         tensors = {"point": self.point, "perturbation": self.perturbation}
         if self.multipliers is not None:
             tensors["multipliers"] = self.multipliers
         content = save({k: stored(v) for k, v in tensors.items()}, {"firmly": json.dumps({"format": FORMAT, **facts})})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:

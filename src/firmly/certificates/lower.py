@@ -171,8 +171,9 @@ def lower_bound(
     return AttainedPair(origin, best.perturbation, best.ratio)
 
 
-# Root-mean-square sizes of trial inputs: where saturating activations are saturated, of the size of data, and small.
-SIZES = (1e6, 1e3, 1.0, 1e-3)
+# Root-mean-square sizes of trial inputs: where saturating activations are saturated, of the size of data, and so small
+# that none is.
+SIZES = (1e6, 1e3, 1.0, 1e-3, 1e-8)
 
 
 def regime_directions(choice: BasisChoice, family: Family, is_complex: bool) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """Data: the photographs that ship with the package, random crops, measurement models, checked downloads."""
 
-from firmly.data.atomic import write_atomically
 from firmly.data.corruptions import Measurement, column_mask, pixel_mask
 from firmly.data.crops import Crops, centre_crop
 from firmly.data.download import download
@@ -17,5 +16,4 @@ __all__ = [
     "photographs",
     "pixel_mask",
     "read_image",
-    "write_atomically",
 ]

@@ -11,7 +11,8 @@ from firmly.errors import DataError
 
 
 class Measurement:
-    """y = A x + sigma n with white Gaussian n of unit variance (real and imaginary parts of variance 1/2 if A x is complex).
+    """y = A x + sigma n with white Gaussian n of unit variance (real and imaginary parts of variance 1/2 if A x is
+    complex).
 
     `forward` is any callable on batches, such as a linear map. With a mask, `support` (1 where something is measured)
     keeps the noise off the entries that are not measured.

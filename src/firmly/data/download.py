@@ -10,8 +10,8 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from firmly.data.atomic import write_atomically
 from firmly.errors import DataError
+from firmly.storage import write_atomically
 
 
 def cache_folder() -> Path:

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from firmly.data.atomic import explain, write_atomically
 from firmly.errors import SettingsError, StorageError
 from firmly.lab.settings import to_toml
+from firmly.storage import explain, write_atomically
 
 
 class RunFolder:

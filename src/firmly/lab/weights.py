@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firmly.data.atomic import write_atomically
 from firmly.errors import DataError, StorageError
+from firmly.storage import write_atomically
 
 
 def learned(network: nn.Module) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from firmly.errors import StorageError
 def write_atomically(path: Path | str, content: bytes | str | Iterable[bytes]) -> Path:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it.
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over the target. If anything
-    fails the old file stays as it was; a full or unwritable disk raises `StorageError`.
+    The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over the target. If
+    anything fails the old file stays as it was; a full or unwritable disk raises `StorageError`.
     """
     path = Path(path)
     if isinstance(content, str):
@@ -44,5 +44,8 @@ def write_atomically(path: Path | str, content: bytes | str | Iterable[bytes]) -
 def explain(error: OSError, path: Path) -> str:
     """One sentence for a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {path} was not written and its old version, if any, is intact; free some space and try again"
+        return (
+            f"the disk is full: {path} was not written and its old version, if any, is intact; "
+            "free some space and try again"
+        )
     return f"cannot write {path}: {error.strerror or error}"
