@@ -12,7 +12,7 @@ from torch import nn
 from firmly.certificates import certify, verify
 from firmly.certificates.norm_bounds import product_bound
 from firmly.certificates.system import Linear, Nonlinear
-from firmly.certificates.torch_maps import AxisMaps, Rearrange, TorchConvolution
+from firmly.certificates.torch_maps import AxisMaps, Rearrange, TorchConvolution, frequency_grid
 from firmly.errors import NotCertifiable
 from firmly.linear import DenseBasis
 from firmly.linear.basis import Fourier
@@ -157,6 +157,19 @@ def test_the_norm_of_strided_convolutions_is_bounded_by_their_aliased_blocks(str
     exact = float(torch.linalg.matrix_norm(small.matrix(), 2))
     whole = TorchConvolution(weight, (9, 10), (1, 1), (1, 1), (1, 1), 1)._upper()
     assert exact <= small._upper() <= min(1.3 * exact, whole * (1 + 1e-12))
+
+
+@pytest.mark.parametrize("stride, size", [((1, 1), 3), ((2, 2), 3), ((1, 2), 4), ((2, 3), 5)])
+def test_a_coarse_grid_of_frequencies_bounds_images_of_any_size(stride, size, monkeypatch):
+    """Ehlich and Zeller: at most the factor 1 / cos(pi r / N) per axis above the largest value on N frequencies."""
+    torch.manual_seed(size)
+    convolution = TorchConvolution(torch.randn(3, 2, size, size, **double), (40, 37), stride, (1, 1), (1, 1), 1)
+    exact = convolution._upper()
+    for entries in (2**12, 2**11, 2**10, 2**6):
+        monkeypatch.setattr("firmly.certificates.torch_maps.SYMBOL_ENTRIES", entries)
+        factor = frequency_grid((40, 37), convolution.weight.shape, stride)[1]
+        assert exact <= convolution._upper() <= 1.03 * factor * exact
+    assert factor == math.inf  # so few entries leave Young's inequality only
 
 
 def test_axis_maps_of_channels_are_diagonal_in_fourier():

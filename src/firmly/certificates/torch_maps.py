@@ -10,8 +10,11 @@ from torch import Tensor
 
 from firmly.linear.basis import Basis, Dense, Fourier
 from firmly.linear.map import Bracket, LinearMap, Shape
-from firmly.linear.norms import LARGEST_SYMBOL, norm_of_blocks
+from firmly.linear.memo import Memo
+from firmly.linear.norms import norm_bracket, norm_of_blocks
 from firmly.linear.symbol import Symbol
+
+SYMBOL_ENTRIES = 2**23  # of the blocks that the norm of a convolution is computed from
 
 
 class Rearrange(LinearMap):
@@ -83,8 +86,9 @@ class TorchConvolution(LinearMap):
         sizes = zip(spatial, weight.shape[2:], stride, padding, dilation)
         output = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
         super().__init__(self_domain, (weight.shape[0], *output))
-        self.weight = weight
+        self.hold("weight", weight)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self._remembered: Memo[Bracket] = Memo()
 
     def _apply_map(self, x: Tensor) -> Tensor:
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
@@ -93,6 +97,9 @@ class TorchConvolution(LinearMap):
     def _apply_adjoint(self, y: Tensor) -> Tensor:
         zeros = torch.zeros(len(y), *self.domain, dtype=y.dtype, device=y.device)
         return torch.func.vjp(self._apply_map, zeros)[1](y)[0]
+
+    def _norm(self) -> Bracket:
+        return self._remembered.get(self, lambda: norm_bracket(self))
 
     def full_kernel(self) -> Tensor:
         """The kernel (out, in, *k) of an ungrouped, undilated convolution that does the same."""
@@ -109,8 +116,8 @@ class TorchConvolution(LinearMap):
 
     def _upper(self) -> float:
         kernel, stride = self.full_kernel(), self.stride
-        grid = [-(-(n + k - 1) // s) * s for n, k, s in zip(self.domain[1:], kernel.shape[2:], stride)]
-        if math.prod(grid) * math.prod(kernel.shape[:2]) > LARGEST_SYMBOL:  # Young: the matrix of sums of |kernel|
+        grid, factor = frequency_grid(self.domain[1:], kernel.shape, stride)
+        if not math.isfinite(factor):  # Young: the matrix of sums of |kernel|
             sums = kernel.abs().flatten(2).sum(2)
             rounding = 4 * torch.finfo(torch.float64).eps * kernel[0, 0].numel() * torch.linalg.vector_norm(sums)
             return norm_of_blocks(Symbol(sums[None], rounding.reshape(1))).upper
@@ -118,7 +125,30 @@ class TorchConvolution(LinearMap):
         response, error = Fourier(grid, full=strided).response(kernel, [0] * len(grid))
         if strided:
             response = aliased(response.unflatten(2, grid), stride)
-        return norm_of_blocks(Symbol(response.permute(2, 0, 1), torch.linalg.vector_norm(error).reshape(1))).upper
+        symbol = Symbol(response.permute(2, 0, 1), torch.linalg.vector_norm(error).reshape(1))
+        return factor * norm_of_blocks(symbol).upper
+
+
+def frequency_grid(spatial: Sequence[int], kernel: Sequence[int], stride: Shape) -> tuple[list[int], float]:
+    """Frequencies that bound a convolution with zero padding, and the factor by which they do.
+
+    Those of a torus as large as image and kernel have factor 1. Where they are too many, a coarse grid of N does for
+    images of any size: a trigonometric polynomial of degree r is at most 1 / cos(pi r / N) times its largest value
+    there, along each axis (H. Ehlich and K. Zeller, 1964; from M. Riesz' T(x) >= |T| cos(r (x - x0))). The factor is
+    infinite where no grid is small enough.
+    """
+    sizes = [-(-(n + k - 1) // s) * s for n, k, s in zip(spatial, kernel[2:], stride)]
+    degree = [k // 2 for k in kernel[2:]]
+    least = [-(-8 * max(r, 1) // s) * s for r, s in zip(degree, stride)]
+    grid, kept = sizes, kernel[0] * kernel[1] / (1 if math.prod(stride) > 1 else 2)  # half of the frequencies
+    while math.prod(grid) * kept > SYMBOL_ENTRIES:
+        axis = max(range(len(grid)), key=lambda a: grid[a] / least[a])
+        if grid[axis] <= least[axis]:
+            return grid, math.inf
+        smaller = max(grid[axis] // 2 // stride[axis] * stride[axis], least[axis])
+        grid = [smaller if a == axis else n for a, n in enumerate(grid)]
+    coarse = [math.cos(math.pi * r / n) for r, n, size in zip(degree, grid, sizes) if n < size]
+    return grid, (1 + 1e-14) / math.prod(coarse) if coarse else 1.0
 
 
 def aliased(response: Tensor, stride: Shape) -> Tensor:
