@@ -125,7 +125,7 @@ def averagedness(
         if certificate.upper > smallest * (1 + 2 * SLACK):  # the search found what the proof does not confirm
             alphas["inequality"], certificate = math.inf, None
         else:
-            lower = least_alpha(net, wrt, shapes, 0.98 * smallest)
+            lower = least_alpha(net, wrt, shapes, smallest)
     method = min(alphas, key=lambda name: alphas[name])
     alpha = alphas[method]
     far = 8 * max(contraction, 1.0)  # <F d, d> >= (c - Lip(F - c Id)) |d|^2, sharper for larger c
@@ -175,19 +175,21 @@ def upper_bound(family: Family, budget_s: float) -> float:
     return min(averaged_bound(family), spectral_bound(family, per_channel, SLACK, budget_s)[0].value)
 
 
-def least_alpha(net: nn.Module, wrt: str, shapes: Shapes, tried: float) -> float:
-    """An alpha that F needs: with T = Id - F, |T d|^2 <= 2 alpha <T d, d> for a pair that refutes `tried`."""
-    trial = Recentred(net, wrt, 1 - tried, shapes)
-    choice, family = represented(trial, wrt)
-    pair = lower_bound(trial, trial.inputs, (wrt,), is_complex(net), choice, family, 2.0)
-    run = as_function(net, trial.inputs, (wrt,), is_complex(net))
-    moved = pair.point + pair.perturbation
-    step = moved - pair.point
-    left = step - (run(moved) - run(pair.point))
-    inner, square = float((left * step.conj()).real.sum()), float(left.abs().square().sum())
-    if inner <= 0 or square <= 1e-12 * float(step.abs().square().sum()):  # lost in rounding
-        return 0.0
-    return square / (2 * inner) * (1 - 1e-6)
+def least_alpha(net: nn.Module, wrt: str, shapes: Shapes, proved: float) -> float:
+    """An alpha that F needs: with T = Id - F, |T d|^2 <= 2 alpha <T d, d>; for pairs that strain smaller ones."""
+    run, needed = None, 0.0
+    for share in (0.0, 0.5, 0.98):
+        trial = Recentred(net, wrt, 1 - share * proved, shapes)
+        choice, family = represented(trial, wrt)
+        pair = lower_bound(trial, trial.inputs, (wrt,), is_complex(net), choice, family, 1.0)
+        run = as_function(net, trial.inputs, (wrt,), is_complex(net)) if run is None else run
+        moved = pair.point + pair.perturbation
+        step = moved - pair.point
+        left = step - (run(moved) - run(pair.point))
+        inner, square = float((left * step.conj()).real.sum()), float(left.abs().square().sum())
+        if inner > 0 and square > 1e-12 * float(step.abs().square().sum()):  # else lost in rounding
+            needed = max(needed, square / (2 * inner) * (1 - 1e-6))
+    return needed
 
 
 # -- chains of layers ----------------------------------------------------------------------------------------------
