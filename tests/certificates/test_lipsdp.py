@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from .test_soundness import PIECEWISE, RandomNetwork
 def perceptron(*widths: int, seed: int = 0, activation=nn.ReLU, gain: float = 1.0) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     modules: list[nn.Module] = []
-    for n, m in zip(widths, widths[1:]):
+    for n, m in pairwise(widths):
         linear = nn.Linear(n, m, **double)
         with torch.no_grad():
             linear.weight.copy_(torch.randn(m, n, generator=generator, **double) * gain / math.sqrt(n))

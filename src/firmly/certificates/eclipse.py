@@ -25,6 +25,9 @@ from firmly.certificates.elimination import (
 )
 from firmly.certificates.layers import Layers, full
 
+MARGIN = 1e-4
+UNSEEN = 1e100  # for a layer that the input does not reach
+
 
 def eclipse_multipliers(found: Layers) -> tuple[float, Tensor]:
     """(rho, nu) with M(rho, rho nu) >= 0 up to rounding: the better of both passes and of their mean."""
@@ -42,11 +45,11 @@ def is_chain(found: Layers) -> bool:
 
 
 def centre_and_radius(slopes: tuple[float, float]) -> tuple[float, float]:
-    """|s| and r, neither much smaller than the other: at zero the formulas have limits on the edge of what is
+    """|s| and r, neither much smaller than the other: at zero the formulas for t have limits on the edge of what is
     feasible."""
     centre, radius = abs(slopes[0] + slopes[1]) / 2, (slopes[1] - slopes[0]) / 2
     size = max(centre, radius) or 1.0
-    return max(centre, 1e-4 * size), max(radius, 1e-4 * size)
+    return max(centre, MARGIN * size), max(radius, MARGIN * size)
 
 
 def forward_multipliers(found: Layers) -> Tensor:
@@ -62,7 +65,7 @@ def forward_multipliers(found: Layers) -> Tensor:
             Q = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
             q = float(torch.linalg.eigvalsh(Q)[-1])
         s, r = centre_and_radius(slopes)
-        t = (1 - 1e-9) / (q * r * (s + r)) if q > 0 else 1.0
+        t = (1 - 1e-9) / (q * r * (s + r)) if q > 0 else UNSEEN
         nu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
         add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
         alive.append(v)
@@ -85,7 +88,8 @@ def backward_multipliers(found: Layers) -> Tensor:
         k = float(eigenvalues[-1]) or 1.0
         t = k * (1 + s / r)
         mu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
-        weight = (s * t) ** 2 / (t - eigenvalues) - (s - r) * (s + r) * t
+        low, high = found.slopes[i]
+        weight = (0.5 * (low + high) * t) ** 2 / (t - eigenvalues) - low * high * t
         half = weight.clamp(min=0).sqrt()[:, None] * (U.mH @ full(found.rows[i][i], found.sizes[i + 1]).value[0])
         K = half.mH @ half
     rho = float(torch.linalg.eigvalsh(K)[-1])

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from firmly.certificates.layers import Layers, full
 
+SMALLEST = 1e-200
+
 BlockMatrix = dict[tuple[int, int], Tensor]  # (i, j) with i >= j: the block of rows i and columns j
 Blocks = dict[int, Tensor]  # variable -> its rows
 
@@ -124,9 +126,12 @@ def output_response(found: Layers, nu: Tensor, order: Sequence[int]) -> tuple[Te
 
 
 def required_rho(found: Layers, nu: Tensor, order: Sequence[int]) -> float:
-    """The smallest rho with M(rho, rho nu) >= 0, in floating point; infinite if there is none."""
+    """The smallest rho with M(rho, rho nu) >= 0, in floating point; infinite if there is none.
+
+    At least `SMALLEST`: with rho = 0, for a network of zeros, all multipliers would vanish.
+    """
     response = output_response(found, nu, order)
-    return math.inf if response is None else float(torch.linalg.eigvalsh(response[0])[-1])
+    return math.inf if response is None else max(float(torch.linalg.eigvalsh(response[0])[-1]), SMALLEST)
 
 
 def elimination_order(found: Layers) -> list[int]:

@@ -21,15 +21,17 @@ EXCESSES = (0.0, *(10.0**k for k in range(-13, -1)))
 
 
 def layered_gain(found: Layers, mu: Tensor, rho: float) -> float:
-    """The smallest verified sqrt(rho), rounded up, from the given rho or up to one percent more; else infinite."""
+    """The smallest verified sqrt(rho), rounded up, from the given rho or up to one percent more; else infinite.
+
+    The multipliers grow with rho, since M(rho, rho nu) >= 0 grows with rho also where the input is not seen.
+    """
     if mu.numel() != found.multipliers or bool((mu < 0).any()) or not bool(mu.isfinite().all()):
         return math.inf
-    if not math.isfinite(rho):
+    if not 0 < rho < math.inf:
         return math.inf
-    rho = max(rho, 1e-300)
     order = elimination_order(found)
     for excess in EXCESSES:
-        if layers_hold(found, order, rho * (1 + excess), mu):
+        if layers_hold(found, order, rho * (1 + excess), mu * (1 + excess)):
             return math.sqrt(rho * (1 + excess)) * (1 + 2 * EPS)
     return math.inf
 

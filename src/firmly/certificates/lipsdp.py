@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from firmly.certificates.eclipse import eclipse_multipliers
-from firmly.certificates.elimination import elimination_order, output_response
+from firmly.certificates.elimination import SMALLEST, elimination_order, output_response
 from firmly.certificates.layers import Layers
 from firmly.linear.symbol import Symbol
 
@@ -42,7 +42,7 @@ def lipsdp_multipliers(found: Layers, tolerance: float = 1e-4, budget_s: float =
     """Multipliers with a rho within about `tolerance` of the optimum, or the best that the time allows."""
     deadline = time.monotonic() + budget_s
     rho, start = eclipse_multipliers(found)
-    if not 0 < rho < math.inf or found.multipliers == 0:
+    if not SMALLEST < rho < math.inf or found.multipliers == 0:
         return LayeredResult(rho, rho * start, rho * start, 0)
     coarse = replace(found, owner=[torch.zeros_like(o) for o in found.owner])
     first = torch.tensor([0, *found.counts[:-1]]).cumsum(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from firmly.certificates.blocks import sweep
 from firmly.certificates.certificate import Bound
 from firmly.certificates.eclipse import eclipse_multipliers
-from firmly.certificates.elimination import elimination_cost, elimination_order
+from firmly.certificates.elimination import elimination_cost, elimination_order, required_rho
 from firmly.certificates.exact import UNDECIDED, exact_bound, neurons, signs_agree
 from firmly.certificates.family import Family
 from firmly.certificates.layered_proof import layered_gain
@@ -104,7 +104,7 @@ def eclipse(problem: Problem) -> Proof:
     rho, nu = eclipse_multipliers(problem.layers)
     value = layered_gain(problem.layers, rho * nu, rho)
     note = "one multiplier per layer, in closed form"
-    return Proof(Bound("eclipse", value, time.perf_counter() - started, note), DENSE, True, rho * nu)
+    return Proof(Bound("eclipse", value, time.perf_counter() - started, note), DENSE, True, value**2 * nu)
 
 
 def lipsdp(problem: Problem) -> Proof:
@@ -123,12 +123,13 @@ def lipsdp(problem: Problem) -> Proof:
         newton = minimise_rho(polished, tolerance, problem.remaining, start=mu)
         if newton.rho < rho:
             rho, mu = newton.rho, newton.mu
-    value, best = math.inf, mu
-    for share in SHARES:
-        trial = (1 - share) * mu + share * interior
-        proved = layered_gain(found, trial, rho if share == 0 else (1 + share) * rho)
+    value, best, order = math.inf, mu, elimination_order(found)
+    for share in SHARES if math.isfinite(rho) else ():
+        nu = ((1 - share) * mu + share * interior) / rho
+        least = required_rho(found, nu, order)
+        proved = layered_gain(found, least * nu, least)
         if proved < value:
-            value, best = proved, trial
+            value, best = proved, proved**2 * nu
         if value <= math.sqrt(rho) * (1 + 0.1 * tolerance):
             break
     note = f"{found.multipliers} multipliers, {result.evaluations} factorisations"
