@@ -56,6 +56,9 @@ LINEAR = {
     "matrix from the left": lambda x: matrix @ x,
     "matrix from the right": lambda x: x @ matrix.T,
     "linear along the last axis": lambda x: F.linear(x, matrix),
+    "einsum": lambda x: torch.einsum("oi,bcit->bcto", matrix, x),
+    "einsum in groups": lambda x: torch.einsum("bcij,ckj->bcik", x, weights(2, 5, 6)),
+    "einsum with an index of its own": lambda x: torch.einsum("bcij,kj->bci", x, matrix),
     "pixel unshuffle": lambda x: F.pixel_unshuffle(x, 2),
     "repeat": lambda x: x.repeat(1, 2, 1, 1),
     "select": lambda x: x.select(2, 1),
@@ -229,6 +232,8 @@ REFUSED = {
     "local response": nn.Sequential(nn.Unflatten(1, (2, 2)), nn.LocalResponseNorm(2)),
     "length one": Net(F.normalize),
     "attention": Net(lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 2, 2)] * 3)),
+    "product of two traced values": Net(lambda x: torch.einsum("bi,bi->b", x, x)),
+    "einsum": Net(lambda x: torch.einsum("bi,ij->j", x, matrix[:, :4])),
     "product of two traced": Net(lambda x: torch.matmul(x.reshape(1, 2, 2), x.reshape(1, 2, 2))),
 }
 

@@ -54,6 +54,8 @@ def prove_exactly(cert: Certificate, net: nn.Module) -> None:
             f"the bound by '{cert.method}' is made of norms and has no multipliers to prove exactly; "
             "certify(..., method='spectral') gives one that has"
         )
+    if cert.method == "exact":
+        raise VerificationError("the bound by 'exact' is an enumeration of slopes; method='lipsdp' has multipliers")
     system = trace(net, cert.inputs, cert.wrt, cert.is_complex)
     basis = make_basis(cert.basis, system)
     blocked, notes = relaxed(system, basis)

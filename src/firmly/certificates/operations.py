@@ -12,7 +12,7 @@ from torch import Tensor
 from firmly.certificates import activations, normalisation, pooling  # noqa: F401  (register their rules)
 from firmly.certificates.pooling import per_axis
 from firmly.certificates.signal import Signal, Tracer, handles
-from firmly.certificates.torch_maps import AxisMaps, Rearrange, TorchConvolution
+from firmly.certificates.torch_maps import AxisMaps, Einsum, Rearrange, TorchConvolution
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap, apply
@@ -239,6 +239,22 @@ def matmul(tracer: Tracer, a: Any, b: Any) -> Any:
     if weight.dim() != 2 or x.dim() < (2 if x is a else 3):
         return NotImplemented
     return along_axis(x, weight.T, x.dim() - 1) if x is a else along_axis(x, weight, x.dim() - 2)
+
+
+@handles(torch.einsum, joins=True)
+def einsum(tracer: Tracer, equation: str, *operands: Any) -> Any:
+    """A constant and a traced value; every index once in each, and the batch first in the value and the result."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    names = left.split(",")
+    if not arrow or len(operands) != 2 or len(names) != 2 or "." in left:
+        return NotImplemented
+    (x_name, x), (name, weight) = sorted(zip(names, operands), key=lambda pair: not isinstance(pair[1], Signal))
+    if isinstance(weight, Signal):
+        raise tracer.refuse("the product of two traced values (its slope depends on their size)")
+    repeated = any(len(set(n)) < len(n) for n in (name, x_name, result))
+    if repeated or x_name[:1] != result[:1] or x_name[0] in name or set(x_name) - set(name) - set(result):
+        return NotImplemented
+    return x.linear(Einsum(f"{name},{x_name}->{result}", weight, x.shape[1:]))
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)

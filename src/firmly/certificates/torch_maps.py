@@ -208,3 +208,45 @@ class AxisMaps(LinearMap):
             symbol = self._blocks(0)
             return basis.bounded(symbol.value, symbol.error)
         return super()._symbol(basis)
+
+
+class Einsum(LinearMap):
+    """x -> einsum(equation, weight, x) with an equation such as "oi,bti->bto"; the batch comes first in x and result.
+
+    Ordered by the indices that weight, x and result share, the weight is a family of matrices from what is summed to
+    what is new, and the norm is their largest. Every index of x stands in the weight or in the result.
+    """
+
+    def __init__(self, equation: str, weight: Tensor, domain: Sequence[int]):
+        trial = torch.empty(1, *domain, device="meta", dtype=weight.dtype)
+        super().__init__(domain, torch.einsum(equation, weight.to("meta"), trial).shape[1:])
+        self.equation = equation
+        self.hold("weight", weight)
+
+    @property
+    def is_complex(self) -> bool:
+        return self.weight.is_complex()
+
+    def indices(self) -> tuple[str, str, str]:
+        left, _, result = self.equation.partition("->")
+        weight, _, x = left.partition(",")
+        return weight, x, result
+
+    def _apply_map(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, self.weight.to(x.dtype), x)
+
+    def _apply_adjoint(self, y: Tensor) -> Tensor:
+        weight, x, result = self.indices()
+        return torch.einsum(f"{weight},{result}->{x}", self.weight.to(y.dtype).conj(), y)
+
+    def _norm(self) -> Bracket:
+        weight, x, result = self.indices()
+        shared = [i for i in weight if i in x and i in result]
+        new, summed = [i for i in weight if i in result and i not in x], [i for i in weight if i not in result]
+        value = torch.einsum(
+            f"{weight}->{''.join([*shared, *new, *(i for i in summed if i in x)])}", self.weight.detach()
+        )
+        rows = math.prod(value.shape[len(shared) : len(shared) + len(new)])
+        blocks = value.reshape(math.prod(value.shape[: len(shared)]), rows, -1)
+        rounding = 4 * torch.finfo(torch.float64).eps * self.weight.numel() * torch.linalg.vector_norm(blocks)
+        return norm_of_blocks(Symbol(blocks, rounding.reshape(1)))

@@ -345,6 +345,7 @@ def cumulative_sum(x: Any, axis: Any, exclusive: int = 0, reverse: int = 0) -> A
 OPERATORS: dict[str, Callable[..., Any]] = {
     "Gemm": gemm,
     "MatMul": torch.matmul,
+    "Einsum": lambda *operands, equation: torch.einsum(equation, *operands),
     "Conv": conv,
     "ConvTranspose": conv_transpose,
     "BatchNormalization": batch_normalization,
