@@ -37,7 +37,9 @@ polyline.c,polyline.d,polyline.e,polyline.f{fill:none}polyline.d{stroke-dasharra
 </style>"""
 CURVES = {
     "product": ("product", "a"),
-    "metric": ("metric", "f"),
+    "metric": ("metric", "e"),
+    "norm": ("norm of k steps", "c"),
+    "rate": ("asymptotic rate", "d"),
     "averaged": ("averaged", "b"),
     "certified": ("certified", "c"),
     "class": ("attained in the class", "d"),
@@ -54,7 +56,7 @@ def chart(rows: Sequence[dict], keys: Sequence[str], x: str, x_name: str, title:
         Line(CURVES[k][0], [(r[x], r[k]) for r in rows if k in r and r[k] > 0], CURVES[k][1]) for k in keys
     ]  # fmt: skip
     series = [s for s in series if s.points]
-    ceiling = 300 * max(r.get("certified", 1.0) for r in rows)
+    ceiling = 300 * max(r.get("certified", 1.0) for r in rows)  # far above, a curve would flatten the others
     values = [v for s in series for _, v in s.points if v <= ceiling]
     parts, top = legend(series, width)
     parts = [f'<g transform="translate(0,24)">{"".join(parts)}</g>', text(0, 14, title, "", "start")]
@@ -64,7 +66,8 @@ def chart(rows: Sequence[dict], keys: Sequence[str], x: str, x_name: str, title:
     for tick in thinned(up.ticks(), up, 18):
         parts.append(f'<line class="grid" x1="{left}" y1="{up(tick):.1f}" x2="{right}" y2="{up(tick):.1f}"/>')
         parts.append(text(left - 6, up(tick) + 4, number(tick), "muted", "end"))
-    for tick in across.ticks(8):
+    whole = all(float(r[x]).is_integer() for r in rows)
+    for tick in [t for t in across.ticks(8) if not whole or float(t).is_integer()]:
         parts.append(text(across(tick), bottom + 20, number(tick), "muted"))
     parts.append(text(right, height - 6, x_name, "muted", "end"))
     for s in series:
@@ -158,8 +161,9 @@ def draw(results: dict) -> None:
         keys = ("averaged", "certified", "exact", "attained")
         write("denoisers.svg", chart(rows, keys, "depth", "layers", "Dual forward-backward denoiser", log=False))
     if "heavy_ball_transient" in results:
-        rows = [{**r, "certified": r["norm"]} for r in results["heavy_ball_transient"]]
-        write("heavy_ball_transient.svg", chart(rows, ("certified",), "depth", "steps", "Heavy ball, (x, x_old)"))
+        rows = results["heavy_ball_transient"][:12]
+        title = "Heavy ball, from a state to the state k steps later"
+        write("heavy_ball_transient.svg", chart(rows, ("norm", "rate"), "depth", "steps", title, log=False))
     for name, tabulate in TABLES.items():
         if name in results:
             write(f"{name}.inc", tabulate(results[name]))
