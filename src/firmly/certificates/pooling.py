@@ -24,14 +24,18 @@ def along_axes(x: Signal, function: Callable[[Tensor], Tensor], matrices: dict[i
     linear_map = AxisMaps(x.shape[1:], [matrices.get(axis) for axis in range(x.dim() - 1)])
     trial = torch.randn(1, *linear_map.domain, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = function(trial)
-    if expected.shape[1:] != linear_map.codomain or not torch.allclose(expected, linear_map(trial), atol=1e-10):
+    if expected.shape[1:] != linear_map.codomain or not torch.allclose(expected, linear_map(trial), 1e-10, 1e-10):
         raise x.tracer.refuse(f"an operation from {tuple(x.shape)} to {tuple(expected.shape)} that mixes its axes")
     return x.linear(linear_map)
 
 
 def axis_of_image(function: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """The matrix (out, in) of a linear operation on images (1, 1, size, 1)."""
-    return function(torch.eye(size, dtype=torch.float64)[:, None, :, None])[:, 0, :, 0].T.contiguous()
+    """The matrix (out, in) of a linear operation on images (1, 1, size, 2) that leaves their columns apart.
+
+    Two columns, because torch 2.13 interpolates images of width one wrongly with antialias.
+    """
+    images = torch.eye(size, dtype=torch.float64)[:, None, :, None].repeat(1, 1, 1, 2)
+    return function(images)[:, 0, :, 0].T.contiguous()
 
 
 def spatial_rank(x: Signal, rank: int) -> range:
@@ -47,10 +51,8 @@ def per_axis(value: Any, rank: int) -> tuple[Any, ...]:
     return tuple(value) * rank if len(value) == 1 else tuple(value)
 
 
-for _function, _rank in ((F.avg_pool1d, 1), (F.avg_pool2d, 2), (F.avg_pool3d, 3)):
-
-    @handles(_function)
-    def average_pool(
+def average_pool(rank: int, function: Callable[..., Tensor]) -> Callable:
+    def rule(
         tracer: Tracer,
         x: Signal,
         kernel_size: Any,
@@ -59,38 +61,44 @@ for _function, _rank in ((F.avg_pool1d, 1), (F.avg_pool2d, 2), (F.avg_pool3d, 3)
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
-        _function: Any = _function,
-        _rank: int = _rank,
     ) -> Signal:
-        """Linear: along each axis, the averages over its windows."""
-        size, padding = per_axis(kernel_size, _rank), per_axis(padding, _rank)
-        stride = size if stride is None or stride == [] else per_axis(stride, _rank)
+        """Along each axis, the averages over its windows, or their sums if the divisor is given."""
+        size, padding = per_axis(kernel_size, rank), per_axis(padding, rank)
+        stride = size if stride is None or stride == [] else per_axis(stride, rank)
+        divisor = None if divisor_override is None else 1
         matrices = {}
-        for a in spatial_rank(x, _rank):
-            divisor = None if divisor_override is None else 1
+        for a in spatial_rank(x, rank):
             window = ((size[a], 1), (stride[a], 1), (padding[a], 0), ceil_mode, count_include_pad, divisor)
             matrices[a + 1] = axis_of_image(lambda t, w=window: F.avg_pool2d(t, *w), x.shape[2 + a])
         if divisor_override is not None:
             matrices[1] = matrices[1] / divisor_override
-        extra = (divisor_override,) if _rank > 1 else ()
-        return along_axes(
-            x, lambda t: _function(t, size, stride, padding, ceil_mode, count_include_pad, *extra), matrices
-        )
+        given = (size, stride, padding, ceil_mode, count_include_pad, *([divisor_override] if rank > 1 else []))
+        return along_axes(x, lambda t: function(t, *given), matrices)
+
+    return rule
 
 
-for _function, _rank in ((F.adaptive_avg_pool1d, 1), (F.adaptive_avg_pool2d, 2), (F.adaptive_avg_pool3d, 3)):
+handles(F.avg_pool1d)(average_pool(1, F.avg_pool1d))
+handles(F.avg_pool2d)(average_pool(2, F.avg_pool2d))
+handles(F.avg_pool3d)(average_pool(3, F.avg_pool3d))
 
-    @handles(_function)
-    def adaptive_average_pool(
-        tracer: Tracer, x: Signal, output_size: Any, _function: Any = _function, _rank: int = _rank
-    ) -> Signal:
-        given = per_axis(output_size, _rank)
-        size = [x.shape[2 + a] if given[a] is None else given[a] for a in spatial_rank(x, _rank)]
+
+def adaptive_average_pool(rank: int, function: Callable[..., Tensor]) -> Callable:
+    def rule(tracer: Tracer, x: Signal, output_size: Any) -> Signal:
+        given = per_axis(output_size, rank)
+        size = [x.shape[2 + a] if given[a] is None else given[a] for a in spatial_rank(x, rank)]
         matrices = {
-            a + 1: axis_of_image(lambda t, s=s: F.adaptive_avg_pool2d(t, (s, 1)), x.shape[2 + a])
+            a + 1: axis_of_image(lambda t, s=s: F.adaptive_avg_pool2d(t, (s, 2)), x.shape[2 + a])
             for a, s in enumerate(size)
         }
-        return along_axes(x, lambda t: _function(t, size), matrices)
+        return along_axes(x, lambda t: function(t, size), matrices)
+
+    return rule
+
+
+handles(F.adaptive_avg_pool1d)(adaptive_average_pool(1, F.adaptive_avg_pool1d))
+handles(F.adaptive_avg_pool2d)(adaptive_average_pool(2, F.adaptive_avg_pool2d))
+handles(F.adaptive_avg_pool3d)(adaptive_average_pool(3, F.adaptive_avg_pool3d))
 
 
 @handles(F.interpolate)
@@ -110,7 +118,7 @@ def interpolate(
     options = (align_corners, recompute_scale_factor, antialias)
     matrices = {}
     for a in range(rank):
-        new = None if size is None else (per_axis(size, rank)[a], 1)
+        new = None if size is None else (per_axis(size, rank)[a], 2)
         factor = None if scale_factor is None else (float(per_axis(scale_factor, rank)[a]), 1.0)
         matrices[a + 1] = axis_of_image(
             lambda t, n=new, f=factor: F.interpolate(t, n, f, mode_2d, *options), x.shape[2 + a]
