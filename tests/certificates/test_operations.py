@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import firmly as fm
 from firmly.certificates import certify, verify
 from firmly.certificates.norm_bounds import product_bound
 from firmly.certificates.system import Linear, Nonlinear
@@ -223,6 +224,22 @@ def test_the_torus_bounds_what_the_dense_basis_knows_exactly(kernel, chain):
     worst = attained(lambda x: net(x) + net[0](x).mean(1, keepdim=True), [(1, 5, 6)], points=5)
     assert worst <= product_bound(torus)
     assert dense <= product_bound(torus) * (1 + 1e-9)
+
+
+def test_scaled_and_adjoint_convolutions_are_cropped_on_the_torus():
+    """A gradient step x - t A^T (A x - y): between A and A^T stands a crop, which a circular convolution has not."""
+    A = fm.linear.Convolution(torch.ones(3, 3, **double), shape=(1, 4, 5), padding="zero")
+    step = 0.2 * A.T
+
+    def net(x):
+        return torch.relu(x - step(A(x)))
+
+    system = system_of(net, (1, 4, 5))
+    torus = blocks_of(system, Fourier((5, 6)))
+    assert "crop to the image" in [n.where for n in torus.system.nodes if isinstance(n, Nonlinear)]
+    assert attained(net, [(1, 4, 5)], points=3) <= product_bound(torus)
+    linear = system_of(lambda x: step(A(x)), (1, 4, 5))
+    assert product_bound(blocks_of(linear, DenseBasis())) <= product_bound(blocks_of(linear, Fourier((5, 6))))
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def torus_of(system: System) -> Shape | None:
     spatial = shapes[0][1:]
     if not spatial or any(len(shape) != len(spatial) + 1 or shape[1:] != spatial for shape in shapes):
         return None
-    reaches = [reach(m.of if isinstance(m, Adjoint) else m) for m in system.maps]
+    reaches = [reach(m) for m in system.maps]
     if any(on_torus(m, spatial) is None for m in system.maps) or not any(reaches):
         return None
     margin = [max(r[axis] for r in reaches if r) for axis in range(len(spatial))]
@@ -43,7 +43,9 @@ def torus_of(system: System) -> Shape | None:
 
 
 def reach(linear_map: LinearMap) -> tuple[int, ...]:
-    """How far a zero-padded convolution looks beyond a pixel along each axis; empty for other maps."""
+    """How far a zero-padded convolution looks beyond a pixel along each axis; empty for maps of single pixels."""
+    if isinstance(linear_map, (Adjoint, Scale)):
+        return reach(linear_map.of)
     if isinstance(linear_map, TorchConvolution):
         return linear_map.padding if any(linear_map.padding) else ()
     if isinstance(linear_map, Convolution) and linear_map.padding == "zero":
@@ -106,7 +108,7 @@ def embedded(system: System, torus: Shape) -> System:
         if isinstance(node, Input):
             made, is_cropped = Input(node.name, shape, node.is_complex), True
         elif isinstance(node, Linear):
-            parent, local = new[node.parent], not reach(node.map.of if isinstance(node.map, Adjoint) else node.map)
+            parent, local = new[node.parent], not reach(node.map)
             parent = parent if local else crop(parent)
             mapping = maps.setdefault(id(node.map), on_torus(node.map, torus))  # type: ignore[arg-type]
             made, is_cropped = Linear(mapping, parent, shape), local and parent in cropped

@@ -49,13 +49,13 @@ def prove_exactly(cert: Certificate, net: nn.Module) -> None:
         from flint import ctx
     except ImportError as error:
         raise SettingsError("exact verification needs python-flint: pip install 'firmly[exact]'") from error
-    if cert.multipliers is None or cert.method == "exact":
+    if cert.method == "exact":
+        raise VerificationError("the bound by 'exact' is an enumeration of slopes; method='lipsdp' has multipliers")
+    if cert.multipliers is None:
         raise VerificationError(
             f"the bound by '{cert.method}' is made of norms and has no multipliers to prove exactly; "
             "certify(..., method='spectral') gives one that has"
         )
-    if cert.method == "exact":
-        raise VerificationError("the bound by 'exact' is an enumeration of slopes; method='lipsdp' has multipliers")
     system = trace(net, cert.inputs, cert.wrt, cert.is_complex)
     basis = make_basis(cert.basis, system)
     blocked, notes = relaxed(system, basis)
