@@ -29,8 +29,8 @@ SECONDS = {10: 2.0, 20: 6.0}
 
 COLUMNS = (
     "'seconds' is the whole of `certify` with its search for the lower bound, 'upper' all upper bounds, 'spectral' the "
-    "matrix inequality with its proof; 'processor' is 'upper' times the share of the processor that `certify` had: what "
-    "one core without other work would take."
+    "matrix inequality with its proof; 'processor' is 'upper' times the share of the processor that `certify` had, "
+    "what one core without other work would take."
 )
 
 
