@@ -147,6 +147,8 @@ def test_a_pickle_in_an_exported_program_is_never_loaded(archive, tmp_path):
         ("data/weights/model_weights_config.json", b'{"config": {"w": {"use_pickle": true}}}', "are pickled"),
         ("models/model.json", b'{"a": {"expr_str": "__import__(\'os\').getcwd()"}}', "no operation and no size"),
         ("models/model.json", b'{"a": [{"target": "torch.os.system", "inputs": []}]}', "no operation and no size"),
+        ("models/model.json", b'{"a": [{"target": "_operator.call", "inputs": []}]}', "no operation and no size"),
+        ("models/model.json", b'{"a": [{"target": "torch.ops.aten.from_file.default", "inputs": []}]}', "no operation"),
         ("models/model.json", b"{", "complete archive"),
     ],
 )

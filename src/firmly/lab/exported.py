@@ -31,7 +31,8 @@ EXPRESSION = re.compile(  # sizes such as s0 + 1, also written Add(Symbol('s0', 
     r"(\b(Symbol|Add|Mul|Integer|Mod|FloorDiv|Pow|Max|Min|positive|nonnegative|integer|zero|True|False|[su]\d+)\b"
     r"|'[su]\d+'|[-+*/(),= \d])+"
 )
-TARGET = re.compile(r"torch\.ops\.\w+\.\w+\.\w+|_operator\.\w+|math\.\w+|torch\.sym_\w+")
+ARITHMETIC = "getitem|add|sub|mul|truediv|floordiv|mod|neg|pow|eq|ne|lt|le|gt|ge"  # of sizes; not operator.call
+TARGET = re.compile(rf"torch\.ops\.\w+\.(?!from_file)\w+\.\w+|_operator\.({ARITHMETIC})")
 
 
 def load_exported(path: Path) -> nn.Module:
@@ -177,7 +178,7 @@ def widened(tree: Any) -> Any:
 
 def python_function(target: Any) -> Callable:
     """What runs in the place of an operation of the graph: the function of torch that the tracer knows."""
-    if target is operator.getitem or getattr(target, "__module__", "") in ("_operator", "math"):
+    if target in (getattr(operator, name) for name in ARITHMETIC.split("|")):
         return target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return unknown_operation(str(target))
