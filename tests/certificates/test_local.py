@@ -203,3 +203,34 @@ def test_slopes_lie_in_their_interval(name):
     assert bool((quotient >= low - rounding).all()) and bool((quotient <= high + rounding).all())
     if name != "mish":  # which has no pieces
         assert float((high - low).min()) < 0.6 * float(node.slope.high - node.slope.low)
+
+
+# -- random networks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_networks_with_skips(seed):
+    torch.manual_seed(seed)
+    activations = [torch.relu, torch.tanh, F.silu, F.gelu, lambda x: F.hardtanh(x, -0.2, 0.5), torch.abs, F.hardswish]
+    first, middle, last = (nn.Linear(a, b).double() for a, b in ((3, 4), (4, 4), (4, 2)))
+    f, g = activations[seed % 7], activations[(3 * seed + 1) % 7]
+
+    def forward(x):
+        h = f(first(x))
+        h = g(middle(h)) + 0.5 * h if seed % 2 else g(middle(h))
+        return torch.relu(last(h)) if seed % 3 == 0 else last(h)
+
+    net, y, radius = Net(forward, first, middle, last), torch.randn(1, 3, **double), 10 ** (seed / 3 - 2)
+    found = local(net, y, radius, shape=(3,), budget_s=5)
+    points = in_ball(y, radius, 1000)
+    J = torch.func.vmap(torch.func.jacrev(lambda x: net(x[None])[0]))(points).detach()
+    assert float(torch.linalg.matrix_norm(J, 2).max()) <= found.upper * (1 + 1e-12)
+    assert bool(((net(points) - net(y)).detach().abs() <= found.error_map + 1e-15).all())
+
+
+def test_an_output_that_cannot_move():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2), nn.ReLU()).double()
+    with torch.no_grad():
+        net[2].bias.fill_(-10.0)
+    found = local(net, torch.zeros(1, 2, **double), 0.1)
+    assert (found.upper, found.change, float(found.error_map.max())) == (0.0, 0.0, 0.0)

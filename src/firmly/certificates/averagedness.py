@@ -104,9 +104,8 @@ def averagedness(
     deadline = time.monotonic() + budget_s
     share = budget_s / 20
 
-    def excess(alpha: float) -> float:
-        """Lip(F - (1 - alpha) Id) - alpha, convex in alpha."""
-        return upper_bound(represented(Recentred(net, wrt, 1 - alpha, shapes), wrt)[1], share) - alpha
+    def lipschitz(centre: float) -> float:
+        return upper_bound(represented(Recentred(net, wrt, centre, shapes), wrt)[1], share)
 
     chain = represented(Recentred(net, wrt, 0.0, shapes), wrt)[1]
     alphas = {"composition": math.inf, "expansion": math.inf}
@@ -115,9 +114,9 @@ def averagedness(
         alphas = {"composition": composed_alpha(weights, slopes), "expansion": expansion_alpha(weights, slopes)}
     except NotCertifiable:
         pass
-    contraction = excess(1.0) + 1.0
+    contraction = lipschitz(0.0)
     known = min(alphas.values())
-    alphas["inequality"] = least_root(excess, min(known, 1.0), tolerance, deadline)
+    alphas["inequality"] = least_root(lambda a: lipschitz(1 - a) - a, min(known, 1.0), tolerance, deadline)
     certificate, lower = None, 0.0
     if alphas["inequality"] < math.inf:
         smallest = alphas["inequality"]
@@ -129,7 +128,7 @@ def averagedness(
     method = min(alphas, key=lambda name: alphas[name])
     alpha = alphas[method]
     far = 8 * max(contraction, 1.0)  # <F d, d> >= (c - Lip(F - c Id)) |d|^2, sharper for larger c
-    monotone = [far - (excess(1 - far) + 1 - far), -contraction]
+    monotone = [(far - lipschitz(far)) - 4e-16 * far, -contraction]
     if alpha < math.inf:
         monotone.append(1 - 2 * alpha * (1 + SLACK))
     return Averagedness(alpha, lower, method, alphas, contraction, max(monotone), wrt, certificate)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from firmly.certificates.certify import Shapes, assumptions, input_shapes, perturbed_inputs
+from firmly.certificates.certify import Shapes, assumptions, input_shapes, perturbed_inputs, spectral_bound
 from firmly.certificates.family import Family
 from firmly.certificates.norm_bounds import accumulated, averaged_bound, gain_table
 from firmly.certificates.pencil import Pencil, pencil
@@ -110,7 +110,7 @@ def reduction(family: Family) -> Callable[[Tensor], Tensor] | None:
 
 
 def in_pixels(family: Family, index: int) -> bool:
-    """Whether a value of a Fourier basis is surely an image and not data over frequencies."""
+    """Whether a value of a Fourier basis is known to be an image and not data over frequencies."""
     symbols = {id(m): family.symbol(m) for m in family.system.maps}
     if all({s.rows, s.columns} <= {"pixel", None} for s in symbols.values()):
         return True
@@ -154,7 +154,13 @@ def multipliers(family: Family, reduced: Callable[[Tensor], Tensor], budget_s: f
     """Those of the smallest joint bound, which no row exceeds with them, and those of the smallest mean square of all
     rows; none if no feasible ones were found."""
     deadline = time.monotonic() + budget_s
-    searched = pencil(family.blocks(torch.arange(len(family))), per_channel=True)
+    index = family.search_index()
+    if len(index) < len(family):  # too many blocks to hold at once for the mean over all of them
+        bound, mu = spectral_bound(family, True, 1e-3, budget_s)
+        return [mu / (1.001 * bound.value**2)] if 0 < bound.value < math.inf else []
+    searched = pencil(family.blocks(index), per_channel=True)
+    if not bool(searched.O.any()):  # the output does not move
+        return []
     found = minimise_rho(searched, 1e-3, budget_s / 2)
     if not 0 < found.rho < math.inf:
         return []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firmly.certificates.obstacles import PREFIX, refusal, step_over
+from firmly.certificates.running import module_paths
 from firmly.certificates.system import Call, Coefficient, Input, Linear, Nonlinear, Sum, System
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.map import LinearMap
@@ -370,7 +370,7 @@ def trace(
         node = tracer.system.append(Input(name, tuple(inputs[name]), is_complex))
         signals[name] = Signal(tracer, node, value=None if around is None else around[name])
     try:
-        with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer):
+        with torch.set_grad_enabled(keep_gradients), module_paths(traced, tracer.path):
             result = traced(signals.pop(given[0]), **signals)
     except Exception as error:
         if not tracer.obstacles:
@@ -405,22 +405,3 @@ def arguments(module: nn.Module, inputs: Mapping[str, Sequence[int]], wrt: Seque
     first = next(iter(inputs))
     optional = {name for name, p in known.items() if p.default is not inspect.Parameter.empty}
     return [name for name in inputs if name == first or name in wrt or name not in optional]
-
-
-@contextmanager
-def module_paths(module: nn.Module, tracer: Tracer):
-    """While it is open, `tracer.path` names the submodule that is running."""
-
-    def enter(name: str) -> Callable:
-        return lambda *_: tracer.path.append(name)
-
-    hooks = []
-    for name, child in module.named_modules():
-        if name:
-            hooks.append(child.register_forward_pre_hook(enter(f"'{name}' ({type(child).__name__})")))
-            hooks.append(child.register_forward_hook(lambda *_: tracer.path.pop() and None))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
