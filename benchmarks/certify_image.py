@@ -33,8 +33,8 @@ COLUMNS = (
     "what one core without other work would take."
 )
 GROWTH = (
-    "'seconds' are those of all upper bounds, on one core without other work; 'blocks' the frequencies that differ, all "
-    "of which are checked; 'MiB' the peak memory beyond the imports."
+    "'seconds' are those of all upper bounds, on one core without other work; 'blocks' the frequencies that differ, "
+    "all of which are checked; 'MiB' the peak memory beyond the imports."
 )
 
 
