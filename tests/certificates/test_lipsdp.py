@@ -148,7 +148,7 @@ def test_blockwise_is_the_whole_matrix(net, shape, backwards):
     result = lipsdp_multipliers(found, 0.1)
     order = list(range(len(found.sizes)))[:: -1 if backwards else 1]
     for rho in (0.99 * result.rho, 1.01 * result.rho):
-        mu = 0.5 * (result.mu + result.interior) * (rho / result.rho)
+        mu = 0.99 * result.mu * (rho / result.rho)
         whole = dense_matrix(found, mu, rho)
         least = float(torch.linalg.eigvalsh(whole)[0])
         assert (factorise(block_matrix(found, mu, rho), order) is not None) == (least > 0)
@@ -184,7 +184,7 @@ def test_wide_inputs_and_outputs_are_reduced_without_loss():
     mu = lipsdp_multipliers(narrow, 1e-3).mu
     order = elimination_order(wide)
     rho = required_rho(narrow, mu / 100, order)
-    assert required_rho(wide, mu / 100, order) == pytest.approx(rho, rel=1e-10)
+    assert required_rho(wide, mu / 100, order) == pytest.approx(rho, rel=1e-8)
     assert layered_gain(narrow, mu, 1e4 + rho) == pytest.approx(layered_gain(wide, mu, 1e4 + rho), rel=1e-9)
 
 
@@ -293,5 +293,5 @@ def test_wide_networks_in_bounded_time(depth, budget):
     assert max(found.sizes) == 96
     assert all(full(b, found.outputs).value.shape[1] <= 96 for b in found.output.values())
     result = lipsdp_multipliers(found, 1e-2, budget)
-    assert result.rho < 0.8 * required_rho(found, result.interior / result.rho, elimination_order(found))
+    assert result.rho < 0.8 * eclipse_multipliers(found)[0]
     assert layered_gain(found, result.mu, result.rho) <= math.sqrt(result.rho) * (1 + 1e-5)

@@ -65,7 +65,7 @@ def forward_multipliers(found: Layers) -> Tensor:
             Q = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
             q = float(torch.linalg.eigvalsh(Q)[-1])
         s, r = centre_and_radius(slopes)
-        t = (1 - 1e-9) / (q * r * (s + r)) if q > 0 else UNSEEN
+        t = (1 - MARGIN**2) / (q * r * (s + r)) if q > 0 else UNSEEN
         nu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
         add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
         alive.append(v)
@@ -93,4 +93,4 @@ def backward_multipliers(found: Layers) -> Tensor:
         half = weight.clamp(min=0).sqrt()[:, None] * (U.mH @ full(found.rows[i][i], found.sizes[i + 1]).value[0])
         K = half.mH @ half
     rho = float(torch.linalg.eigvalsh(K)[-1])
-    return torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - 1e-9)
+    return torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - MARGIN)

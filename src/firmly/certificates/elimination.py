@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firmly.certificates.layers import Layers, full
+from firmly.certificates.layers import EPS, Layers, full
 
 SMALLEST = 1e-200
 
@@ -112,12 +112,18 @@ def factorise(M: BlockMatrix, order: Sequence[int]) -> Factor | None:
     return factor
 
 
-def output_response(found: Layers, nu: Tensor, order: Sequence[int]) -> tuple[Tensor, Factor, Blocks] | None:
-    """R = O S(nu)^-1 O' = Y' Y with Y = L^-1 O', and L; None where S(nu) is not positive definite.
+def output_response(
+    found: Layers, nu: Tensor, order: Sequence[int], margin: float
+) -> tuple[Tensor, Factor, Blocks] | None:
+    """R = O S^-1 O' = Y' Y with Y = L^-1 O', and L; None where S is not positive definite.
 
-    M(rho, rho nu) >= 0 if and only if rho >= lambda_max(R).
+    S is S(nu) less `margin` times |d|^2 + sum_is nu_is |v_is|^2. Then M(rho, rho nu) >= 0 holds for rho >=
+    lambda_max(R) with room for the errors of a proof.
     """
-    factor = factorise(block_matrix(found, nu), order)
+    M = block_matrix(found, nu)
+    for i, T in enumerate([*(torch.ones(n, dtype=nu.dtype) for n in found.sizes[: found.inputs]), *found.weights(nu)]):
+        M[i, i] = M[i, i] - torch.diag(margin * T)
+    factor = factorise(M, order)
     if factor is None:
         return None
     Y = factor.solve({j: full(block, found.outputs).value[0].mH for j, block in found.output.items()})
@@ -126,12 +132,18 @@ def output_response(found: Layers, nu: Tensor, order: Sequence[int]) -> tuple[Te
 
 
 def required_rho(found: Layers, nu: Tensor, order: Sequence[int]) -> float:
-    """The smallest rho with M(rho, rho nu) >= 0, in floating point; infinite if there is none.
+    """The smallest rho with M(rho, rho nu) >= 0 and room for a proof; infinite if there is none.
 
     At least `SMALLEST`: with rho = 0, for a network of zeros, all multipliers would vanish.
     """
-    response = output_response(found, nu, order)
+    response = output_response(found, nu, order, proof_margin(found, order))
     return math.inf if response is None else max(float(torch.linalg.eigvalsh(response[0])[-1]), SMALLEST)
+
+
+def proof_margin(found: Layers, order: Sequence[int]) -> float:
+    """Above the relative errors that the proof of a factorisation in this order pays for."""
+    width = max(found.sizes[i] + sum(found.sizes[j] for j in near) for i, near in enumerate(filled(found, order)))
+    return 1e-10 + 100 * EPS * width**2
 
 
 def elimination_order(found: Layers) -> list[int]:
@@ -141,16 +153,24 @@ def elimination_order(found: Layers) -> list[int]:
 
 
 def elimination_cost(found: Layers, order: Sequence[int]) -> int:
-    neighbours = pattern(found)
-    cost, left = 0, set(order)
+    near, place = filled(found, order), {variable: p for p, variable in enumerate(order)}
+    cost = 0
+    for i in order:
+        border = sum(found.sizes[j] for j in near[i] if place[j] > place[i])
+        cost += found.sizes[i] * (found.sizes[i] + border) ** 2
+    return cost
+
+
+def filled(found: Layers, order: Sequence[int]) -> list[set[int]]:
+    """The other variables that share a block of L with every variable."""
+    neighbours = [near - {i} for i, near in enumerate(pattern(found))]
+    left = set(order)
     for i in order:
         left.discard(i)
         near = neighbours[i] & left
-        border = sum(found.sizes[j] for j in near)
-        cost += found.sizes[i] * (found.sizes[i] + border) ** 2
         for j in near:
-            neighbours[j] |= near
-    return cost
+            neighbours[j] |= near - {j}
+    return neighbours
 
 
 def pattern(found: Layers) -> list[set[int]]:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from firmly.certificates.elimination import block_matrix, elimination_order, factorise, pattern
+from firmly.certificates.elimination import block_matrix, elimination_order, factorise, filled
 from firmly.certificates.layers import EPS, Layers, Row, error
 from firmly.linear.symbol import Symbol
 
@@ -57,8 +57,7 @@ def layers_hold(found: Layers, order: list[int], rho: float, mu: Tensor) -> bool
             return False
     for i in range(len(found.sizes)):
         traces.append(float(M[i, i].diagonal().real.sum()))
-    filled = fill(found, order)
-    for i, near in enumerate(filled):
+    for i, near in enumerate(filled(found, order)):
         terms = found.sizes[i] + sum(found.sizes[j] for j in near)
         for j in near | {i}:
             other = terms + found.sizes[j]
@@ -69,18 +68,6 @@ def layers_hold(found: Layers, order: list[int], rho: float, mu: Tensor) -> bool
     for i, shift in enumerate(shifts.tolist()):
         M[i, i] = M[i, i] - torch.diag(torch.full((found.sizes[i],), shift, dtype=torch.float64))
     return factorise(M, order) is not None
-
-
-def fill(found: Layers, order: list[int]) -> list[set[int]]:
-    """The variables that share a block of L with every variable."""
-    neighbours = [near - {i} for i, near in enumerate(pattern(found))]
-    left = set(order)
-    for i in order:
-        left.discard(i)
-        near = neighbours[i] & left
-        for j in near:
-            neighbours[j] |= near - {j}
-    return neighbours
 
 
 def block_errors(found: Layers, scales: list[Tensor], rho: float, mu: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from firmly.certificates.eclipse import eclipse_multipliers
-from firmly.certificates.elimination import SMALLEST, elimination_order, output_response
+from firmly.certificates.elimination import SMALLEST, elimination_order, output_response, proof_margin
 from firmly.certificates.layers import Layers
 from firmly.linear.symbol import Symbol
 
@@ -27,14 +27,10 @@ LONGEST = 2.0  # step in log nu: a factor of about seven
 
 @dataclass
 class LayeredResult:
-    """`rho` is what floating point says of the multipliers `mu`; only a proof makes it a bound.
-
-    `interior` are multipliers for the same rho further inside: a little of them makes a proof easier.
-    """
+    """`rho` is what floating point says of the multipliers `mu`, with room for a proof; only that makes it a bound."""
 
     rho: float
     mu: Tensor
-    interior: Tensor
     evaluations: int
 
 
@@ -43,7 +39,7 @@ def lipsdp_multipliers(found: Layers, tolerance: float = 1e-4, budget_s: float =
     deadline = time.monotonic() + budget_s
     rho, start = eclipse_multipliers(found)
     if not SMALLEST < rho < math.inf or found.multipliers == 0:
-        return LayeredResult(rho, rho * start, rho * start, 0)
+        return LayeredResult(rho, rho * start, 0)
     coarse = replace(found, owner=[torch.zeros_like(o) for o in found.owner])
     first = torch.tensor([0, *found.counts[:-1]]).cumsum(0)
     search = Search(coarse, start[first], time.monotonic() + 0.3 * budget_s)
@@ -54,7 +50,7 @@ def lipsdp_multipliers(found: Layers, tolerance: float = 1e-4, budget_s: float =
         search = Search(found, start, deadline)
         search.run(tolerance)
         evaluations += search.evaluations
-    return LayeredResult(search.best, search.best * search.best_nu, search.best * start, evaluations)
+    return LayeredResult(search.best, search.best * search.best_nu, evaluations)
 
 
 class Search:
@@ -64,6 +60,7 @@ class Search:
         self.found = found
         self.deadline = deadline
         self.order = elimination_order(found)
+        self.margin = proof_margin(found, self.order)
         self.best, self.best_nu, self.evaluations = math.inf, nu, 0
 
     def run(self, tolerance: float) -> None:
@@ -110,7 +107,7 @@ class Search:
         """
         self.evaluations += 1
         nu = theta.exp()
-        response = output_response(self.found, nu, self.order)
+        response = output_response(self.found, nu, self.order, self.margin)
         if response is None:
             return math.inf, torch.zeros_like(nu)
         R, factor, Y = response
@@ -129,7 +126,7 @@ class Search:
         for i, (row, (low, high)) in enumerate(zip(self.found.rows, self.found.slopes)):
             v = X[self.found.inputs + i]
             z = sum((image(block, X[j]) for j, block in row.items()), torch.zeros_like(v))
-            parts.append(((low * z - v) * (v - high * z).conj()).real.sum(1))
+            parts.append((((low * z - v) * (v - high * z).conj()).real + self.margin * v.abs().square()).sum(1))
         return math.log(largest) + math.log(total) / p, nu * self.found.collected(parts)
 
 

@@ -118,14 +118,14 @@ def lipsdp(problem: Problem) -> Proof:
         if polished.multipliers != found.multipliers:  # groups
             polished = None
     result = lipsdp_multipliers(found, tolerance if polished is None else 0.01, problem.remaining)
-    rho, mu, interior = result.rho, result.mu, result.interior
+    rho, mu = result.rho, result.mu
     if polished is not None and 0 < rho < math.inf:
         newton = minimise_rho(polished, tolerance, problem.remaining, start=mu)
         if newton.rho < rho:
             rho, mu = newton.rho, newton.mu
     value, best, order = math.inf, mu, elimination_order(found)
     for share in SHARES if math.isfinite(rho) else ():
-        nu = ((1 - share) * mu + share * interior) / rho
+        nu = (1 - share) * mu / rho + share * result.mu / result.rho
         least = required_rho(found, nu, order)
         proved = layered_gain(found, least * nu, least)
         if proved < value:
