@@ -226,3 +226,10 @@ def test_misfit_data_are_refused():
     with pytest.raises(ShapeError, match="the start has shape"):
         network(data(), start=torch.zeros(2, 1, 5, 6))
     assert network.image_shape == SHAPE
+
+
+def test_a_hook_on_one_layer_is_not_one_on_all():
+    network, calls = unroll(ForwardBackward(blur(), L1(0.1)), depth=3), []
+    network.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    network(data())
+    assert len(calls) == 1

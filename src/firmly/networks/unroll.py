@@ -121,6 +121,9 @@ def layer_of(algorithm: Algorithm, names: tuple[str, ...], waived: tuple[str, ..
         own = {n: v for n, v in getattr(algorithm, kind).items() if n in names}
         layer.__dict__.update({n: v for n, v in getattr(algorithm, kind).items() if n not in names})
         layer.__dict__[kind] = own
+    for kind, hooks in vars(algorithm).items():
+        if kind.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            layer.__dict__[kind] = hooks.copy()  # a hook on one layer is not one on all
     scalars = algorithm.scalars()
     for name in names:
         if name in scalars:
