@@ -135,7 +135,7 @@ def imaging():
         "inpainting, ridge": ForwardBackward(mask, L1(0.1), ridge=ridge),
         "inpainting, heavy ball": HeavyBall(mask, ridge=ridge, momentum=0.3),
         "tomography, ridge": ForwardBackward(scan, L1(0.1), ridge=ridge),
-        "total variation": ForwardBackward(Convolution(kernel, pixels), TV(0.05, accuracy=1e-6)),
+        "total variation": ForwardBackward(Convolution(kernel, pixels), TV(0.05, accuracy=1e-4)),
         "magnetic resonance": Fista(sampled, L1(0.1)),
         "magnetic resonance, Chambolle-Pock": ChambollePock(sampled, L1(0.1), sampled),
     }
@@ -158,4 +158,4 @@ def test_maps_without_a_common_basis(name):
             best = max(best, float(torch.linalg.matrix_norm(J.flatten(1), 2)))
     else:
         best = steepest(net, "data", generator, points=1)
-    assert best <= cert.upper * (1 + (1e-4 if "variation" in name else 1e-9))  # an inner solver of that accuracy
+    assert best <= cert.upper * (1 + (1e-2 if "variation" in name else 1e-9))  # an inner solver of that accuracy

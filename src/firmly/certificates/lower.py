@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from firmly.certificates.family import Family
 from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.signal import arguments
-from firmly.errors import DataError
+from firmly.errors import DataError, NotConverged
 
 Network = Callable[[Tensor], Tensor]
 
@@ -137,7 +138,8 @@ def lower_bound(
     family: Family,
     budget_s: float,
 ) -> AttainedPair:
-    """The largest ratio found: worst directions of linear regimes at several sizes, then ascent from the best.
+    """The largest ratio found: worst directions of linear regimes at several sizes, ascent from the best, and
+    small perturbations of two points away from the origin.
 
     A piecewise-linear network acts as one linear map on large inputs and as another near zero; the blocks give the
     worst direction when all slopes are at their upper or at their lower ends. Every ratio is measured on the network
@@ -161,19 +163,38 @@ def lower_bound(
             if time.monotonic() > deadline and len(trials) >= len(directions):
                 break
             unit = direction / direction.norm()
-            trials.append(measured(run, origin, size * math.sqrt(direction.numel()) * unit, output))
+            with suppress(NotConverged):  # an inner solver may refuse data of some sizes
+                trials.append(measured(run, origin, size * math.sqrt(direction.numel()) * unit, output))
     trials.sort(key=lambda a: -a.ratio)
-    best = trials[0]
+    best = trials[0] if trials else Attack(origin, 0.0, 0.0)
     for trial in trials[:2]:
         if time.monotonic() < deadline:
-            improved = ascend(run, origin, trial.perturbation, 40, deadline)
-            best = improved if improved.ratio > best.ratio else best
-    return AttainedPair(origin, best.perturbation, best.ratio)
+            with suppress(NotConverged):
+                improved = ascend(run, origin, trial.perturbation, 40, deadline)
+                best = improved if improved.ratio > best.ratio else best
+    at = origin
+    for level in LEVELS:
+        with suppress(NotConverged):
+            point = level * (1 + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+            there = run(point)
+            steps = [1e-4 * level * math.sqrt(d.numel()) * d / d.norm() for d in directions]
+            trial = max((measured(run, point, step, there) for step in steps), key=lambda a: a.ratio)
+            for length in (6, 30):  # a short ascent, and a long one if that is better already
+                if time.monotonic() < deadline:
+                    improved = ascend(run, point, trial.perturbation, length, deadline)
+                    trial = improved if improved.ratio > trial.ratio else trial
+                if trial.ratio <= best.ratio * (1 + 1e-6):
+                    break
+                at, best = point, trial
+    return AttainedPair(at, best.perturbation, best.ratio)
 
 
 # Root-mean-square sizes of trial inputs: where saturating activations are saturated, of the size of data, and so small
 # that none is.
 SIZES = (1e6, 1e3, 1.0, 1e-3, 1e-8)
+
+# Sizes of points away from the origin, where a constraint such as x >= 0 blocks no direction.
+LEVELS = (1e3, 1.0)
 
 
 def regime_directions(choice: BasisChoice, family: Family, is_complex: bool) -> list[Tensor]:
