@@ -32,7 +32,7 @@ REFUSED = {
     "product with itself": lambda x: x * x,
     "product with a function of itself": lambda x: x * torch.sigmoid(x),
     "matrix product with itself": lambda x: x @ x.T,
-    "einsum": lambda x: torch.einsum("bi,ij->bj", x, EYE),
+    "einsum of samples": lambda x: torch.einsum("bi,ij->j", x, EYE),
     "layer norm": lambda x: F.layer_norm(x, (3,)),
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]),
     "branch on a comparison": lambda x: x if x.sum() > 0 else -x,

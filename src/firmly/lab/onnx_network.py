@@ -13,8 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.certificates.obstacles import located
 from firmly.errors import DataError, NotCertifiable, SettingsError, StorageError
-from firmly.lab.onnx_operators import OPERATORS, UnknownOperator
+from firmly.lab.onnx_operators import OPERATORS
 from firmly.lab.onnx_patterns import recognised
+from firmly.lab.onnx_shapes import UnknownOperator
 
 
 def load_onnx(path: Path) -> nn.Module:
