@@ -17,6 +17,7 @@ from firmly.certificates.layered_proof import block_errors, layered_gain
 from firmly.certificates.layers import Layers, full, layers
 from firmly.certificates.lipsdp import Search, lipsdp_multipliers
 from firmly.errors import NotCertifiable, VerificationError
+from firmly.linear import Dense
 from firmly.prox import GroupL1
 
 from .systems import Net, all_bounds, blocks_of, double, exact, system_of
@@ -278,6 +279,12 @@ def test_two_inputs_are_bounded_jointly():
     net = Net(lambda data, start: torch.relu(data @ A + start @ B))
     cert = certify(net, shape={"data": (4,), "start": (4,)}, wrt="both", method="lipsdp")
     assert cert.upper == pytest.approx(float(torch.linalg.matrix_norm(torch.cat([A, B]), 2)), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lipsdp", "eclipse", "exact"])
+def test_complex_networks_are_refused(method):
+    with pytest.raises(NotCertifiable, match="complex"):
+        certify(Dense(torch.eye(3, dtype=torch.complex128)), shape=(3,), method=method)
 
 
 def test_networks_that_are_too_large_are_refused():

@@ -99,7 +99,7 @@ def signs_agree(found: Layers) -> bool:
     for v, row in enumerate([*found.rows, found.output], found.inputs):
         for j, block in row.items():
             matrix = full(block, heights[v]).value[0]
-            if matrix.is_complex() or not rows_agree(matrix.sign()):
+            if not rows_agree(matrix.sign()):
                 return False
             rows, columns = matrix.nonzero().T
             pairs.append(torch.stack([rows + first[v], columns + first[j]]))

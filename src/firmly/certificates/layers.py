@@ -62,8 +62,10 @@ class Layers:
 
 
 def layers(system: System, reduced: bool = True) -> Layers:
-    """The layers of a system, wide inputs and outputs reduced if asked; raises `NotCertifiable` where they take too
-    much memory."""
+    """The layers of a system, wide inputs and outputs reduced if asked; raises `NotCertifiable` for complex systems and
+    where they take too much memory."""
+    if system.is_complex:
+        raise NotCertifiable("layers are real, and this network computes with complex numbers: use method='spectral'")
     entries = layer_entries(system)
     if entries > LAYER_ENTRIES:
         raise NotCertifiable(

@@ -112,7 +112,7 @@ def lipsdp(problem: Problem) -> Proof:
     started = time.perf_counter()
     found, tolerance = problem.layers, problem.tolerance
     polished = None
-    if 0 < found.multipliers <= NEWTON and not problem.system.is_complex:
+    if 0 < found.multipliers <= NEWTON:
         blocks = sweep(problem.system, Dense(track=False))
         polished = pencil(blocks, per_channel=True)
         if polished.multipliers != found.multipliers:  # groups
