@@ -143,6 +143,7 @@ def where(tracer: Tracer, condition: Any, a: Any, b: Any) -> Any:
     """A choice that does not depend on the input: a masked sum of the two branches."""
     if isinstance(condition, Signal):
         raise tracer.refuse("a choice that depends on the data")
+    condition = condition != 0
     masks = (condition.double(), (~condition).double())
     parts = [multiply(tracer, part, mask) for part, mask in zip((a, b), masks) if isinstance(part, Signal)]
     return parts[0].combined([(1.0, part) for part in parts])
@@ -234,7 +235,7 @@ def matmul(tracer: Tracer, a: Any, b: Any) -> Any:
     if isinstance(a, Signal) and isinstance(b, Signal):
         raise tracer.refuse("the product of two traced values (its slope depends on their size)")
     weight, x = (b, a) if isinstance(a, Signal) else (a, b)
-    if weight.dim() == 3 and len(weight) == 1:
+    if weight.dim() == x.dim() == 3 and len(weight) == 1:
         weight = weight[0]
     if weight.dim() != 2 or x.dim() < (2 if x is a else 3):
         return NotImplemented
