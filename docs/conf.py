@@ -60,7 +60,15 @@ html_theme_options = {
     "pygments_light_style": "default",
     "pygments_dark_style": "github-dark",
 }
-single_pages = ("first_certificate", "how_to_choose", "architecture", "command_line", "experiments", "changelog")
+single_pages = (
+    "first_certificate",
+    "how_to_choose",
+    "architecture",
+    "command_line",
+    "experiments",
+    "benchmarks",
+    "changelog",
+)
 html_sidebars = {page: [] for page in single_pages}
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
