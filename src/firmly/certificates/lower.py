@@ -17,6 +17,8 @@ from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.signal import arguments
 from firmly.errors import DataError, NotConverged
+from firmly.linear.basis import Singular
+from firmly.linear.norms import krylov_vector
 
 Network = Callable[[Tensor], Tensor]
 
@@ -198,7 +200,11 @@ LEVELS = (1e3, 1.0)
 
 
 def regime_directions(choice: BasisChoice, family: Family, is_complex: bool) -> list[Tensor]:
-    """Worst inputs of the linear regimes with all slopes at one end, for a dense or a Fourier basis."""
+    """Worst inputs of the linear regimes with all slopes at one end, for a dense or a Fourier basis; for the singular
+    vectors of one operator, those of its norm."""
+    if isinstance(family.basis, Singular):
+        vector = krylov_vector(family.basis.operator)
+        return [vector, family.basis.operator(vector)]
     if choice.name not in ("dense", "fourier"):
         return []
     index = family.search_index()

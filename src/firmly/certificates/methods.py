@@ -32,7 +32,7 @@ from firmly.linear.basis import Dense
 NEWTON = 250  # multipliers up to which Newton's method polishes those of LipSDP
 EVALUATION = 1e11  # operations of one factorisation of the layers that 'auto' accepts: several seconds
 ENUMERATED = 12  # neurons up to which 'auto' takes the exact constant
-SHARES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # an optimum on the boundary is not proved; a point inside is
+SHARES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5)  # an optimum on the boundary is not proved; a point inside is
 DENSE = BasisChoice("dense")
 
 

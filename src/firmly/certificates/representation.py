@@ -10,7 +10,9 @@ from firmly.certificates.embedding import torus_of
 from firmly.certificates.relax import Norms, relaxed
 from firmly.certificates.system import Nonlinear, System
 from firmly.errors import NotCertifiable, NotDiagonal
+from firmly.linear.algebra import Identity
 from firmly.linear.basis import Basis, Dense, Fourier
+from firmly.linear.map import LinearMap
 
 # One dense block of this many columns takes seconds; beyond it, other bases serve.
 DENSE_COLUMNS = 400
@@ -43,7 +45,8 @@ def choices(system: System) -> Iterator[BasisChoice]:
 
     Fourier comes before dense: for shift-invariant systems the multipliers of a neuron's shifts may be averaged, the
     problem being convex: one for each channel gives the bound of one for each neuron, at a fraction of the cost.
-    Zero-padded networks have the frequencies of a larger torus.
+    Zero-padded networks have the frequencies of a larger torus. Where all maps are made of one operator, its singular
+    values are enough, or a bound of its norm.
     """
     if (torus := torus_of(system)) is not None:
         yield BasisChoice("fourier", torus)
@@ -52,7 +55,20 @@ def choices(system: System) -> Iterator[BasisChoice]:
     columns = sum(math.prod(n.shape) for n in [*system.inputs, *(n for n in system.nodes if isinstance(n, Nonlinear))])
     if max(columns, *(math.prod(n.shape) for n in system.nodes)) <= DENSE_COLUMNS:
         yield BasisChoice("dense")
+    if (operator := only_operator(system)) is not None:
+        yield BasisChoice("singular", operator=operator)
     yield BasisChoice("norms")
+
+
+def only_operator(system: System) -> int | None:
+    """The position among the maps of the one operator K that all of them are made of, with its adjoint; else None."""
+    parts = [part for m in system.maps for part in m.modules() if isinstance(part, LinearMap)]
+    leaves = {id(p): p for p in parts if not any(isinstance(child, LinearMap) for child in p.children())}
+    operators = [leaf for leaf in leaves.values() if not isinstance(leaf, Identity)]
+    if len(operators) != 1:
+        return None
+    found = (i for i, m in enumerate(system.maps) if m is operators[0] or m.T is operators[0])
+    return next(found, None)
 
 
 def represent(system: System) -> tuple[BasisChoice, Basis, System, list[str]]:

@@ -35,8 +35,8 @@ UNIT = torch.finfo(torch.float64).eps
 def certified_gain(source: Blocks | Family, mu: Tensor, per_channel: bool, rho: float | None = None) -> float:
     """The smallest verified sqrt(rho), rounded up; infinite if these multipliers prove nothing.
 
-    Starts from `rho` (or from the value that floating point suggests) and enlarges it, by parts in 10^12 up to one in
-    100, until the factorisations of all blocks succeed.
+    Starts from `rho` (or from the value that floating point suggests) and enlarges it, by parts in 10^12 up to a
+    third, until the factorisations of all blocks succeed.
     """
     if bool((mu < 0).any()) or not bool(mu.isfinite().all()):
         return math.inf
@@ -45,7 +45,7 @@ def certified_gain(source: Blocks | Family, mu: Tensor, per_channel: bool, rho: 
     if not math.isfinite(rho):
         return math.inf
     rho = max(rho, 1e-300)
-    excesses = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    excesses = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)
     needed = 0
     for part in source.parts():
         family = pencil(part, per_channel)

@@ -163,17 +163,22 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Te
     return rows.mT @ weights
 
 
-def krylov_lower_bound(linear_map: LinearMap, scale: float, steps: int = 24) -> float:
-    """|A v| / |v| for v from a Krylov space of A*A, less the rounding of applying A, whose norm is at most `scale`."""
+def krylov_vector(linear_map: LinearMap, steps: int = 24) -> Tensor:
+    """A vector (1, *domain) with nearly the largest |A v| / |v|, from a Krylov space of A*A."""
     dtype = torch.complex128 if linear_map.is_complex else torch.float64
     device = next((t.device for t in (*linear_map.parameters(), *linear_map.buffers())), torch.device("cpu"))
+    shape = (1, *linear_map.domain)
 
-    def forward(vector: Tensor) -> Tensor:
-        return linear_map(vector.reshape(1, *linear_map.domain))
+    def gram(vector: Tensor) -> Tensor:
+        return linear_map.T(linear_map(vector.reshape(shape))).flatten().to(dtype)
 
-    start = _start(math.prod(linear_map.domain), dtype, device)
-    vector = _lanczos(lambda v: linear_map.T(forward(v)).flatten().to(dtype), start, steps)
-    quotient = float(torch.linalg.vector_norm(forward(vector)) / torch.linalg.vector_norm(vector))
+    return _lanczos(gram, _start(math.prod(linear_map.domain), dtype, device), steps).reshape(shape)
+
+
+def krylov_lower_bound(linear_map: LinearMap, scale: float, steps: int = 24) -> float:
+    """|A v| / |v| for v from a Krylov space of A*A, less the rounding of applying A, whose norm is at most `scale`."""
+    vector = krylov_vector(linear_map, steps)
+    quotient = float(torch.linalg.vector_norm(linear_map(vector)) / torch.linalg.vector_norm(vector))
     if not math.isfinite(quotient):
         raise NotCertifiable(f"{linear_map._get_name()} gives values that are not finite numbers; check its weights")
     error = max(m.application_error for m in linear_map.modules() if isinstance(m, LinearMap))

@@ -30,7 +30,7 @@ def singular_basis(operator: LinearMap, cells: int | None = None, track: bool = 
         symbol = exact_symbol(operator)
         if symbol is not None:
             return Singular(operator, *_merged(*singular_values(symbol)), track)
-        cells = 256
+        cells = 8192
     if cells < 1:
         raise ConditionError(f"the interval of singular values is cut into at least one cell, given {cells}")
     edges = torch.linspace(0, 1, cells + 1, dtype=torch.float64) * operator.norm().upper
