@@ -119,7 +119,7 @@ def stability_text(results: dict[str, Any]) -> str:
     )
     if product and product > 1.05 * c["upper"]:
         text += (
-            f"Multiplying the norms of the layers, the usual way, would say {number(product)}: "
+            f"Norms alone, with every term of every layer at its own worst, would say {number(product)}: "
             f"{number(product / c['upper'], 2)} times too much."
         )
     return text
