@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable
@@ -69,6 +70,8 @@ class DataParallel(Engine):
             strategy="ddp",
         )
         self.fabric.launch()
+        # a process that exits with threads of the group still running is aborted now and then
+        atexit.register(torch.distributed.destroy_process_group)
         self.device = self.fabric.device
         self.rank, self.world = self.fabric.global_rank, self.fabric.world_size
 
