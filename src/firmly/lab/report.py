@@ -49,28 +49,34 @@ def render(run: RunFolder) -> str:
         environment=run.environment(),
         settings=run.settings_text(),
         folder=run.path.name,
-        pictures=_pictures(run),
+        style=style(),
+        pictures=pictures_of(run),
         charts=_charts(results, methods),
     )
 
 
-def _pictures(run: RunFolder) -> dict[str, str]:
+def style() -> Markup:
+    """The style sheet that all pages share."""
+    return Markup((files("firmly.lab") / "page.css").read_text(encoding="utf-8"))
+
+
+def pictures_of(run: RunFolder) -> dict[str, str]:
     return {path.stem: data_uri(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))}
 
 
 def _charts(results: dict[str, Any], methods: dict[str, Any]) -> dict[str, Markup]:
     charts = {}
     if results["certificate"]:
-        charts["bracket"] = _both(lambda width: _bracket(results, width))
+        charts["bracket"] = both(lambda width: _bracket(results, width))
     if any(results["history"].values()):
-        charts["training"] = _both(lambda width: _training(results, methods, width))
+        charts["training"] = both(lambda width: _training(results, methods, width))
     if len(results["budgets"]) > 1:
-        charts["budget"] = _both(lambda width: _budget(results, width))
-    charts["images"] = _both(lambda width: _images(results, methods, width))
+        charts["budget"] = both(lambda width: _budget(results, width))
+    charts["images"] = both(lambda width: _images(results, methods, width))
     return charts
 
 
-def _both(draw: Callable[[int], Markup]) -> Markup:
+def both(draw: Callable[[int], Markup]) -> Markup:
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(draw(WIDE), draw(NARROW))
 
 
