@@ -95,19 +95,26 @@ def bracket_chart(
 
 def line_chart(
     lines: Sequence[Line], width: int, height: int, x_name: str, y_name: str, log_x: bool = False, dots: bool = False,
-    label: str = "",
+    label: str = "", log_y: bool = False,
 ) -> Markup:  # fmt: skip
-    """Curves with their names at their ends."""
+    """Curves with their names at their ends, or in a legend above where there is no room for that."""
     points = [p for line in lines for p in line.points]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    margin = (max(ys) - min(ys)) * 0.08 or 0.5
     names = max((len(line.label) for line in lines), default=0)
-    left, right, top, bottom = 44, width - min(170, 12 + 7 * names), 26, height - 40
+    at_ends = len(lines) == 1 or 12 + 7 * names <= width / 3
+    above, top = ([], 26.0) if at_ends else legend(lines, width)
+    top = top if at_ends else top + 46
+    height = height + round(top - 26)
+    left, right, bottom = 48, width - (min(170, 12 + 7 * names) if at_ends else 14), height - 40
     pad = 1.15 if log_x else 1
     x = Scale(min(xs) / pad, max(xs) * pad, left, right, log_x)
-    y = Scale(min(ys) - margin, max(ys) + margin, bottom, top)
-    parts = [text(0, 12, y_name, "muted", "start"), text(right, height - 4, x_name, "muted", "end")]
-    for tick in y.ticks(4):
+    if log_y:
+        y = Scale(min(ys) / 1.3, max(ys) * 1.3, bottom, top, log=True)
+    else:
+        margin = (max(ys) - min(ys)) * 0.08 or 0.5
+        y = Scale(min(ys) - margin, max(ys) + margin, bottom, top)
+    parts = [*above, text(0, top - 14, y_name, "muted", "start"), text(right, height - 4, x_name, "muted", "end")]
+    for tick in thinned(y.ticks(4), y, 18):
         parts.append(f'<line class="grid" x1="{left}" y1="{y(tick):.1f}" x2="{right}" y2="{y(tick):.1f}"/>')
         parts.append(text(left - 6, y(tick) + 4, number(tick), "muted", "end"))
     whole = all(float(a).is_integer() for a in xs)
@@ -119,7 +126,8 @@ def line_chart(
         parts.append(f'<polyline class="{line.role}" points="{path}"/>')
         if dots:
             parts += [f'<circle class="{line.role}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="4"/>' for a, b in line.points]
-        parts.append(text(right + 8, end + 4, line.label, line.role, "start"))
+        if at_ends:
+            parts.append(text(right + 8, end + 4, line.label, line.role, "start"))
     return svg(parts, width, height, label)
 
 
