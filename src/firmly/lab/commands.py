@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,12 +24,15 @@ from firmly.data import catalogue, centre_crop, photographs, read_image
 from firmly.errors import DataError, FirmlyError, SettingsError, StorageError
 from firmly.lab.charts import at_least, at_most
 from firmly.lab.experiments import EXPERIMENTS, find
-from firmly.lab.models import FromRun, load_model, read_run
+from firmly.lab.models import FromRun, load_model
+from firmly.lab.page import Table as PageTable
+from firmly.lab.page import cell, from_values
 from firmly.lab.pipeline import run_experiment
 from firmly.lab.progress import Progress
 from firmly.lab.report import write_report
 from firmly.lab.run_folder import RunFolder, find_runs, new_folder
 from firmly.lab.settings import preset, to_toml
+from firmly.lab.study import Study, run_study, write_page
 
 
 def start_run(experiment: str, assignments: Sequence[str], folder: Path | None, runs: Path, out: Console) -> int:
@@ -39,12 +43,40 @@ def start_run(experiment: str, assignments: Sequence[str], folder: Path | None, 
     began = time.monotonic()
     try:
         with Progress(out) as progress:
-            results = run_experiment(chosen, settings, name, run, progress)
+            if isinstance(chosen, Study):
+                results = run_study(chosen, settings, name, run, progress)
+            else:
+                results = run_experiment(chosen, settings, name, run, progress)
     except KeyboardInterrupt:
         out.print(f"stopped; every whole epoch is kept. Go on with the same settings and --folder {run.path}")
         return 130
     if results is None:  # a process of a data-parallel training that writes nothing
         return 0
+    if isinstance(chosen, Study):
+        print_study(results, out)
+    else:
+        print_reconstruction(results, out)
+    for path in sorted(
+        p for p in run.path.rglob("*") if p.is_file() and p.parent.name not in ("pictures", "checkpoints")
+    ):
+        out.print(f"wrote {path}")
+    if results.get("certificate"):
+        out.print(f"verify with: firmly verify {run / 'certificate.safetensors'} {run.path}")
+    out.print(f"{time.monotonic() - began:.0f} s")
+    return 0
+
+
+def print_study(results: dict[str, Any], out: Console) -> None:
+    page = from_values(results["page"])
+    out.print(page.headline, style="bold")
+    for block in (b for s in page.sections for b in s.blocks if isinstance(b, PageTable)):
+        table = Table(*block.columns, box=None, header_style="dim", title=block.caption or None, title_justify="left")
+        for index, row in enumerate(block.rows):
+            table.add_row(*map(cell, row), style="bold" if index in block.ours else "")
+        out.print(table)
+
+
+def print_reconstruction(results: dict[str, Any], out: Console) -> None:
     table = Table("method", "PSNR, dB", "SSIM", "worst-case amplification", box=None, header_style="dim")
     for m in results["methods"]:
         worst = m["worst_case"]
@@ -58,13 +90,6 @@ def start_run(experiment: str, assignments: Sequence[str], folder: Path | None, 
             f"certified: no error grows more than {certificate['upper']:.5g} times "
             f"({certificate['lower']:.5g} is attained, gap {gap:.3f}, by '{certificate['method']}')"
         )
-    for what in ("settings.toml", "metrics.jsonl", "weights", "certificate.safetensors", "results.json", "report.html"):
-        if (run / what).exists():
-            out.print(f"wrote {run / what}")
-    if certificate:
-        out.print(f"verify with: firmly verify {run / 'certificate.safetensors'} {run.path}")
-    out.print(f"{time.monotonic() - began:.0f} s")
-    return 0
 
 
 def start_sweep(experiment: str, assignments: Sequence[str], runs: Path, out: Console) -> int:
@@ -91,7 +116,8 @@ def show_catalogue(out: Console) -> None:
     """Everything there is to choose from, with the settings of every experiment."""
     for experiment in EXPERIMENTS:
         default = experiment.presets["default"]
-        out.print(f"[bold]{experiment.name}[/]: photographs {experiment.told(default)}")
+        of = "" if isinstance(experiment, Study) else "photographs "
+        out.print(f"[bold]{experiment.name}[/]: {of}{experiment.told(default)}")
         out.print(f"  presets {', '.join(experiment.presets)}; settings and their defaults:")
         out.print("  " + escape(to_toml(default).strip().replace("\n", "  ·  ")), style="dim")
     import firmly.algorithms
@@ -188,8 +214,8 @@ def attack_model(
 
 def write_again(folder: Path, out: Console) -> None:
     run = RunFolder(folder)
-    read_run(run)
-    out.print(f"wrote {write_report(run)}")
+    study = isinstance(find(run.environment()["experiment"]), Study)
+    out.print(f"wrote {write_page(run) if study else write_report(run)}")
 
 
 def list_runs(parent: Path, out: Console) -> None:
@@ -201,7 +227,9 @@ def list_runs(parent: Path, out: Console) -> None:
     for run in found:
         environment, results = run.environment(), run.results()
         row = ["unfinished", "", ""]
-        if results:
+        if results and "page" in results:
+            row = ["", "", str(results["seconds"])]
+        elif results:
             ours = next(m for m in results["methods"] if m["key"] == "ours")
             certificate = results["certificate"]
             bound = f"{certificate['upper']:.4g}" if certificate else "none"
@@ -221,7 +249,7 @@ def compare_runs(folders: Sequence[Path], out: Console) -> None:
         values = [str(s.get(key, "")) for s in settings]
         if len(set(values)) > 1:
             table.add_row(key, *values)
-    results = [run.results() or {"methods": []} for run in runs]
+    results = [{"methods": [], **(run.results() or {})} for run in runs]
     for key in dict.fromkeys(m["name"] for r in results for m in r["methods"]):
         found = [next((m for m in r["methods"] if m["name"] == key), None) for r in results]
         table.add_row(f"{key}, dB", *[f"{m['psnr']:.3f}" if m else "" for m in found])

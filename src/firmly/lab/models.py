@@ -17,6 +17,7 @@ from firmly.lab.onnx_network import load_onnx
 from firmly.lab.reconstruction import Experiment, ReconstructionSettings
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import from_toml
+from firmly.lab.study import Study
 from firmly.lab.weights import load_weights, unpack
 
 
@@ -30,6 +31,8 @@ class FromRun(NamedTuple):
 def read_run(run: RunFolder) -> FromRun:
     """What a run folder says that it is."""
     experiment = find(run.environment()["experiment"])
+    if isinstance(experiment, Study):
+        raise SettingsError(f"{run.path} is a study: its networks are in its report; use its modules from Python")
     return FromRun(experiment, from_toml(type(experiment.presets["default"]), run.settings_text()))
 
 

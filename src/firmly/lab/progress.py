@@ -15,11 +15,12 @@ STAGES = {
     "attack": "attacking {name}",
     "repair": "bringing {name} inside its budget, from a bound of {bound:.4g}",
     "report": "report written",
+    "note": "{text}",
 }
 
 
 class Progress:
-    """Shows what `pipeline.run_experiment` tells its listener; call it with (stage, event) inside a `with` block."""
+    """Shows what a running experiment tells its listener; call it with (stage, event) inside a `with` block."""
 
     def __init__(self, out: Console):
         columns = (
@@ -43,6 +44,8 @@ class Progress:
     def __call__(self, stage: str, event: dict[str, Any]) -> None:
         if stage == "training":
             self.train(event)
+        elif stage == "work":
+            self.work(event)
         else:
             if stage != "repair" and self.bars.live.is_started:  # training is over: the bars stay above what follows
                 self.bars.stop()
@@ -50,6 +53,13 @@ class Progress:
             if stage != self.stage or stage != "repair":
                 self.bars.console.print(line, style="dim")
             self.stage = stage
+
+    def work(self, event: dict[str, Any]) -> None:
+        name = event["name"]
+        if name not in self.tasks:
+            self.bars.start()
+            self.tasks[name] = self.bars.add_task(name, total=event["total"], note="")
+        self.bars.update(self.tasks[name], completed=event["done"], total=event["total"])
 
     def train(self, event: dict[str, Any]) -> None:
         name = event["name"]

@@ -6,8 +6,9 @@ from firmly.errors import SettingsError
 from firmly.lab.experiments import deblur, denoise, inpaint, mri
 from firmly.lab.reconstruction import Experiment
 from firmly.lab.settings import nearest
+from firmly.lab.study import Study
 
-EXPERIMENTS: tuple[Experiment, ...] = (
+EXPERIMENTS: tuple[Experiment | Study, ...] = (
     deblur.EXPERIMENT,
     denoise.EXPERIMENT,
     inpaint.EXPERIMENT,
@@ -15,7 +16,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
 )
 
 
-def find(name: str) -> Experiment:
+def find(name: str) -> Experiment | Study:
     """The experiment of this name; `SettingsError` with the nearest names if there is none."""
     known = {e.name: e for e in EXPERIMENTS}
     if name not in known:
