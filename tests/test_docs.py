@@ -70,7 +70,7 @@ def test_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
         if language == "python":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                exec(compile("\n" * (line - 1) + text, str(page), "exec"), scope)
+                exec(compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True), scope)
             printed = output.getvalue()
         elif language == "text" and printed is not None:
             assert agrees(text, printed), f"{page}, line {line}: the page shows\n{text}\nthe code prints\n{printed}"
