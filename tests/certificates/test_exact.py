@@ -150,3 +150,15 @@ def test_auto_goes_from_cheap_to_tight():
 
 def test_auto_stops_when_time_is_up():
     assert [b.method for b in certify(perceptron(4, 4, 4, 2), shape=(4,), budget_s=0.0).bounds] == ["product"]
+
+
+def test_agreeing_signs_say_nothing_of_nonlinearities_that_mix_entries():
+    """Softmax of (x, 0) seen through (1, 10): by signs alone the bound would be 1/2, and 9/4 is attained."""
+    first, last = (nn.Linear(n, m, bias=False) for n, m in ((1, 2), (2, 1)))
+    first.weight.data, last.weight.data = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 10.0]])
+    net = nn.Sequential(first, nn.Softmax(-1), last)
+    assert not signs_agree(layers(system_of(net, (1,)), reduced=False))
+    with pytest.raises(NotCertifiable, match="separable"):
+        certify(net, shape=(1,), method="exact")
+    cert = certify(net, shape=(1,))
+    assert 2.25 * (1 - 1e-6) <= cert.lower <= cert.upper

@@ -35,7 +35,7 @@ def exact_bound(system: System, multipliers: Tensor | None = None, undecided: in
     found = layers(system, reduced=False)
     if signs_agree(found):
         return signless_bound(found)
-    if neurons(found) > undecided or any(len(o) > n for o, n in zip(found.owner, found.counts)):
+    if neurons(found) > undecided or not separable(found):
         raise NotCertifiable(
             f"the exact constant takes separable nonlinearities and either at most {undecided} neurons or weights "
             f"whose signs agree, given {neurons(found)} neurons: use method='lipsdp'"
@@ -49,6 +49,11 @@ def exact_bound(system: System, multipliers: Tensor | None = None, undecided: in
 def neurons(found: Layers) -> int:
     """Neurons whose slopes are not fixed."""
     return sum(len(owner) for owner, (low, high) in zip(found.owner, found.slopes) if low < high)
+
+
+def separable(found: Layers) -> bool:
+    """Whether every nonlinearity acts entry by entry: only then do slopes describe it."""
+    return all(len(owner) == count for owner, count in zip(found.owner, found.counts))
 
 
 # -- signs that agree ----------------------------------------------------------------------------------------------
@@ -86,12 +91,13 @@ def magnitude(block: Symbol, size: int) -> Tensor:
 
 
 def signs_agree(found: Layers) -> bool:
-    """Whether all paths from an input entry to an output entry have one sign, up to a sign of each input and output.
+    """Whether nonlinearities are separable and all paths from an input entry to an output entry have one sign, up to a
+    sign of each input and output.
 
     Then some signs of all entries make every weight nonnegative: a graph with edges of two kinds is searched for a
     contradiction. Slopes count as nonnegative when the upper end is the steeper one.
     """
-    if any(low + high < 0 for low, high in found.slopes):
+    if not separable(found) or any(low + high < 0 for low, high in found.slopes):
         return False
     heights = [*found.sizes, found.outputs]
     first = [sum(heights[:i]) for i in range(len(heights))]
