@@ -39,6 +39,8 @@ MAPS: dict[str, LinearMap] = {
     "Identity": linear.Identity((2, 4, 3)),
     "Dense": linear.Dense(normal(4, 7)),
     "Dense complex": linear.Dense(normal(4, 7, dtype=torch.complex128)),
+    "BlockSampling": linear.BlockSampling(normal(3, 4, 4), (1, 9, 8)),
+    "BlockSampling of a part of a block": linear.BlockSampling(normal(5, 4, 4), (1, 3, 7)),
     "Convolution 1-D": linear.Convolution(normal(3, 2, 4), (2, 9)),
     "Convolution circular": linear.Convolution(normal(3, 2, 3, 3), (2, 6, 5)),
     "Convolution zero": linear.Convolution(normal(3, 2, 3, 4), (2, 6, 5), "zero"),

@@ -6,6 +6,7 @@ from firmly.linear.basis import Basis
 from firmly.linear.basis import Dense as DenseBasis
 from firmly.linear.basis import Fourier as FourierBasis
 from firmly.linear.basis import Singular as SingularBasis
+from firmly.linear.block_sampling import BlockSampling
 from firmly.linear.blur import Blur
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
@@ -23,6 +24,7 @@ from firmly.linear.wavelet import Wavelet
 
 __all__ = [
     "Basis",
+    "BlockSampling",
     "Blur",
     "Bracket",
     "Compose",
