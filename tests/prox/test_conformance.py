@@ -61,6 +61,7 @@ CASES = {
     "kullback-leibler": Case(lambda: fp.KullbackLeibler(counts(), 0.8, background=0.1), complex_data=False),
     "tv isotropic": Case(lambda: fp.TV(0.3, accuracy=1e-6), (1, 4, 3), smooth=False, tol=1e-5),
     "tv anisotropic": Case(lambda: fp.TV(0.3, isotropic=False, accuracy=1e-6), (2, 5), smooth=False, tol=1e-5),
+    "tv of signals": Case(lambda: fp.TV1D(0.3), (2, 5), complex_data=False),
     "nuclear": Case(lambda: fp.Nuclear(0.7), (3, 4)),
     "log-determinant": Case(lambda: fp.LogDet(0.5), (3, 3)),
     "mcp": Case(lambda: fp.MCP(0.5, 3.0), convex=False),

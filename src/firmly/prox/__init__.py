@@ -17,6 +17,7 @@ from firmly.prox.spectral import LogDet, Nuclear
 from firmly.prox.spline import LinearSpline, MonotoneSpline, huber_slopes
 from firmly.prox.threshold import ChannelThreshold
 from firmly.prox.tv import TV
+from firmly.prox.tv1d import TV1D
 from firmly.prox.weakly_convex import MCP, SCAD
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MCP",
     "SCAD",
     "TV",
+    "TV1D",
     "Activation",
     "Box",
     "ChannelThreshold",
