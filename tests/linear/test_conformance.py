@@ -38,6 +38,7 @@ def _resolvents() -> dict[str, LinearMap]:
 MAPS: dict[str, LinearMap] = {
     "Identity": linear.Identity((2, 4, 3)),
     "Dense": linear.Dense(normal(4, 7)),
+    "Dense, several vectors": linear.Dense(normal(4, 7), copies=3),
     "Dense complex": linear.Dense(normal(4, 7, dtype=torch.complex128)),
     "BlockSampling": linear.BlockSampling(normal(3, 4, 4), (1, 9, 8)),
     "BlockSampling of a part of a block": linear.BlockSampling(normal(5, 4, 4), (1, 3, 7)),

@@ -189,3 +189,12 @@ def test_equal_blocks_and_multiple_top_values_terminate() -> None:
     lower, upper = norm_of_blocks(Symbol(value, torch.zeros(1, dtype=torch.float64)))
     assert lower <= 3 <= upper < 3 + 1e-9
     assert linear.Dense(torch.zeros(3, 4)).norm() == (0.0, 0.0)
+
+
+def test_copies_of_a_large_matrix_have_its_norm_and_its_singular_values():
+    weight = torch.randn(40, 90, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, many = linear.Dense(weight), linear.Dense(weight, copies=60)
+    assert many.norm() == one.norm()
+    assert torch.equal(linear.singular_basis(many).values, linear.singular_basis(one).values)
+    x = torch.randn(2, 60, 90, dtype=torch.float64)
+    torch.testing.assert_close(many(x), one(x.flatten(0, 1)).reshape(2, 60, 40))

@@ -16,15 +16,20 @@ class Dense(LinearMap):
     """x -> M x for flat features: (batch, columns) -> (batch, rows).
 
     `weight` is the matrix M, (rows, columns), real or complex; it may be a learnable parameter. Any other shape raises
-    `ShapeError`.
+    `ShapeError`. With `copies` the same matrix acts on each of that many vectors of a sample, such as the time points
+    of a recording: (batch, copies, columns) -> (batch, copies, rows).
     """
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, copies: int | None = None):
         if weight.dim() != 2:
             raise ShapeError(f"Dense takes a matrix (rows, columns), given a tensor of shape {tuple(weight.shape)}")
-        super().__init__(weight.shape[1:], weight.shape[:1])
+        if copies is not None and copies < 1:
+            raise ShapeError(f"a matrix acts on at least one vector of a sample, given copies={copies}")
+        front = () if copies is None else (copies,)
+        super().__init__((*front, weight.shape[1]), (*front, weight.shape[0]))
+        self.copies = copies
         self.hold("weight", weight)
 
     @property
@@ -32,7 +37,11 @@ class Dense(LinearMap):
         return self.weight.is_complex()
 
     def matrix(self) -> Tensor:
-        return self.weight.to(torch.complex128 if self.is_complex else torch.float64)
+        weight = self.weight.to(torch.complex128 if self.is_complex else torch.float64)
+        return weight if self.copies is None else torch.kron(torch.eye(self.copies).to(weight), weight)
+
+    def same_spectrum(self) -> LinearMap:
+        return self if self.copies is None else Dense(self.weight)
 
     def _apply_map(self, x: Tensor) -> Tensor:
         x, weight = matched(x, self.weight)

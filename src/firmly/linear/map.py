@@ -89,6 +89,10 @@ class LinearMap(nn.Module):
         """d with A*A x = d * x entry by entry (d broadcasts to the domain) if the map is known to be so, else None."""
         return None
 
+    def same_spectrum(self) -> LinearMap:
+        """A smaller map with the same singular values, up to how often each occurs, if one is known."""
+        return self
+
     # -- what a user calls -------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,7 +46,11 @@ def norm_bracket(linear_map: LinearMap) -> Bracket:
 
 
 def exact_symbol(linear_map: LinearMap) -> Symbol | None:
-    """The symbol of the map in Fourier, else in the dense basis if it is small, else None."""
+    """The symbol of the map in Fourier, else in the dense basis if it is small, else None.
+
+    The map is replaced by one that has the same singular values where a smaller one is known.
+    """
+    linear_map = linear_map.same_spectrum()
     spatial = linear_map.domain[1:]
     if spatial and spatial == linear_map.codomain[1:]:
         basis = Fourier(spatial, full=linear_map.is_complex)
