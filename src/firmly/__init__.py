@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, prox
+    from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, priors, prox
     from firmly.certificates import Certificate, attack, certify, verify
     from firmly.fixedpoint import Solution, solve
     from firmly.networks import unroll
@@ -30,6 +30,7 @@ __all__ = [
     "lab",
     "linear",
     "networks",
+    "priors",
     "prox",
     "solve",
     "unroll",
