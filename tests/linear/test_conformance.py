@@ -54,6 +54,8 @@ MAPS: dict[str, LinearMap] = {
     "Gradient neumann": linear.Gradient((2, 5, 4)),
     "Gradient circular": linear.Gradient((2, 5, 4), "circular"),
     "Gradient 1-D": linear.Gradient((1, 6)),
+    "Differences": linear.Differences(6),
+    "Cumulative": linear.Cumulative(7),
     "Wavelet": linear.Wavelet("db4", (2, 8, 4), levels=2),
     "FourierSampling": linear.FourierSampling(normal(6, 5) > 0, channels=2),
     "Mask": linear.Mask(normal(1, 5, 4) > 0, (2, 5, 4)),

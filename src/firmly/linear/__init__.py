@@ -10,11 +10,13 @@ from firmly.linear.block_sampling import BlockSampling
 from firmly.linear.blur import Blur
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
+from firmly.linear.differences import Cumulative, Differences
 from firmly.linear.fourier_sampling import FourierSampling
 from firmly.linear.gradient import Gradient
 from firmly.linear.gram import is_gram
 from firmly.linear.map import Bracket, LinearMap
 from firmly.linear.mask import Diagonal, Mask
+from firmly.linear.monotone import LoopResolvent, Monotone, monotonicity
 from firmly.linear.radon import Radon
 from firmly.linear.resolvent import Resolvent
 from firmly.linear.sparse import Sparse
@@ -29,15 +31,19 @@ __all__ = [
     "Bracket",
     "Compose",
     "Convolution",
+    "Cumulative",
     "Dense",
     "DenseBasis",
     "Diagonal",
+    "Differences",
     "FourierBasis",
     "FourierSampling",
     "Gradient",
     "Identity",
     "LinearMap",
+    "LoopResolvent",
     "Mask",
+    "Monotone",
     "Radon",
     "Resolvent",
     "Scale",
@@ -51,5 +57,6 @@ __all__ = [
     "from_pylops",
     "from_scipy",
     "is_gram",
+    "monotonicity",
     "singular_basis",
 ]
