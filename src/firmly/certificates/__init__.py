@@ -6,7 +6,7 @@ from firmly.certificates.certificate import Bound, Certificate
 from firmly.certificates.certify import certify
 from firmly.certificates.gains import Gains, Star, gains, star
 from firmly.certificates.groups import Grouped
-from firmly.certificates.local import LocalCertificate, local
+from firmly.certificates.local import ErrorMap, LocalCertificate, error_map, local
 from firmly.certificates.lower import Attack, attack
 from firmly.certificates.rows import RowBounds, rows
 from firmly.certificates.signal import Signal, trace
@@ -17,6 +17,7 @@ __all__ = [
     "Averagedness",
     "Bound",
     "Certificate",
+    "ErrorMap",
     "Gains",
     "Grouped",
     "LocalCertificate",
@@ -27,6 +28,7 @@ __all__ = [
     "averagedness",
     "bound",
     "certify",
+    "error_map",
     "gains",
     "local",
     "rows",

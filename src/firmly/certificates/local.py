@@ -70,6 +70,52 @@ class LocalCertificate:
         )
 
 
+@dataclass(frozen=True)
+class ErrorMap:
+    """|F(y + d)_i - F(y)_i| <= gain_i |d| for every |d| <= radius and every entry i of the output, at this y.
+
+    `decided` is the share of units of every nonlinearity whose slope is fixed on the ball, by the module it was found
+    in; without one the gains are those of `rows`, which hold for every y.
+    """
+
+    gain: Tensor  # (*output shape)
+    radius: float
+    decided: list[tuple[str, float]]
+    wrt: str
+    assumptions: list[str]
+
+    @property
+    def bound(self) -> Tensor:
+        """A bound of the change of every output entry, for every |d| <= radius."""
+        return self.radius * self.gain * (1 + 1e-15)
+
+    def tolerated(self, change: float) -> float:
+        """A norm of d, at most the radius, up to which no output entry moves by more than `change`."""
+        if not change > 0:
+            raise ValueError(f"the change of an entry to tolerate is positive, given {change}")
+        steepest = float(self.gain.max())
+        return self.radius if steepest * self.radius <= change else change / steepest * (1 - 1e-15)
+
+
+@torch.no_grad()
+def error_map(
+    net: nn.Module,
+    around: Tensor | Mapping[str, Tensor],
+    radius: float,
+    wrt: str = "data",
+    shape: Shapes | None = None,
+    budget_s: float = 10.0,
+) -> ErrorMap:
+    """How far every single entry of the output can move for |d| <= radius; arguments and errors as in `local`.
+
+    It is the map of `local` without the bound of the whole output and without its attack, for large images.
+    """
+    _, _, name, system = traced(net, around, radius, wrt, shape)
+    narrowed = Narrowing(system, radius, budget_s / 2)
+    gain = narrowed.rows(budget_s / 2)
+    return ErrorMap(gain, radius, narrowed.decided, name, notes_of(name, radius, system, narrowed))
+
+
 @torch.no_grad()
 def local(
     net: nn.Module,
@@ -87,32 +133,17 @@ def local(
     and only the error map knows them one by one. Raises `NotCertifiable` where `certify` does: the network has to have
     global slope bounds.
     """
-    if not (radius > 0 and math.isfinite(radius)):
-        raise ValueError(f"the radius of a ball is positive and finite, given {radius}")
-    started = time.monotonic()
-    net = copy.deepcopy(net).double().cpu()
-    shapes, values, name = located(net, around, wrt, shape)
-    is_complex = values[name].is_complex() or any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
-    values = {n: v.to(torch.complex128 if is_complex else torch.float64) for n, v in values.items()}
-    system = trace(net, shapes, (name,), is_complex, around=values)
-    share = 0.2 * budget_s / (2 + sum(isinstance(n, Nonlinear) for n in system.nodes))
-    narrowed = Narrowing(system, radius, share)
-    rows = narrowed.rows()
+    net, values, name, system = traced(net, around, radius, wrt, shape)
+    narrowed = Narrowing(system, radius, 0.2 * budget_s)
+    rows = narrowed.rows(0.2 * budget_s)
     bounds = [lipschitz(s, 0.2 * budget_s) for s in (narrowed.system, system)]
     upper = min(*bounds, float(rows.norm()) * (1 + 1e-12))
-    worst, changed = strongest(net, values, name, radius, started + budget_s)
+    worst, changed = strongest(net, values, name, radius, time.monotonic() + 0.2 * budget_s)
     if worst.ratio > upper * (1 + 1e-6) or bool((changed > radius * rows * (1 + 1e-6) + 1e-9).any()):
         raise NotCertifiable(
             f"an attack moves the output by {worst.ratio:.9g} |d|, above what the trace allows ({upper:.9g}): "
             "the network does not compute the same each time, or the trace is wrong, which we would like to hear of"
         )
-    notes = [
-        f"Euclidean norms; '{name}' moves by at most {radius:.6g} from the given value, all else is held fixed",
-        f"inputs of the units at the centre are computed in double precision and trusted to {WIDER:.0e} of their size",
-        "exact arithmetic on the stored weights; rounding inside the network itself is not covered",
-        *system.assumptions,
-        *narrowed.notes,
-    ]
     return LocalCertificate(
         lower=min(worst.ratio * (1 - 1e-12), upper),
         upper=upper,
@@ -122,8 +153,31 @@ def local(
         perturbation=worst.perturbation,
         decided=narrowed.decided,
         wrt=name,
-        assumptions=notes,
+        assumptions=notes_of(name, radius, system, narrowed),
     )
+
+
+def traced(
+    net: nn.Module, around: Tensor | Mapping[str, Tensor], radius: float, wrt: str, shape: Shapes | None
+) -> tuple[nn.Module, dict[str, Tensor], str, System]:
+    """The network in double precision, the values of its inputs, the name of the perturbed one, and its system."""
+    if not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"the radius of a ball is positive and finite, given {radius}")
+    net = copy.deepcopy(net).double().cpu()
+    shapes, values, name = located(net, around, wrt, shape)
+    is_complex = values[name].is_complex() or any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
+    values = {n: v.to("cpu", torch.complex128 if is_complex else torch.float64) for n, v in values.items()}
+    return net, values, name, trace(net, shapes, (name,), is_complex, around=values)
+
+
+def notes_of(name: str, radius: float, system: System, narrowed: Narrowing) -> list[str]:
+    return [
+        f"Euclidean norms; '{name}' moves by at most {radius:.6g} from the given value, all else is held fixed",
+        f"inputs of the units at the centre are computed in double precision and trusted to {WIDER:.0e} of their size",
+        "exact arithmetic on the stored weights; rounding inside the network itself is not covered",
+        *system.assumptions,
+        *narrowed.notes,
+    ]
 
 
 def located(
@@ -195,10 +249,11 @@ def lipschitz(system: System, budget_s: float) -> float:
 class Narrowing:
     """A system in which every nonlinearity has the slopes that it can have on a ball, rewritten node by node."""
 
-    def __init__(self, system: System, radius: float, share: float):
+    def __init__(self, system: System, radius: float, budget_s: float):
         self.old = system
         self.radius = radius
-        self.share = share  # of the time, for the bounds of one layer
+        known = sum(isinstance(node, Nonlinear) and node.call is not None for node in system.nodes)
+        self.share = budget_s / max(known, 1)  # for the bounds of one layer
         self.system = System(is_complex=system.is_complex, assumptions=list(system.assumptions))
         self.decided: list[tuple[str, float]] = []
         self.notes: list[str] = []
@@ -219,7 +274,7 @@ class Narrowing:
 
     def narrowed(self, index: int, node: Nonlinear, parent: int) -> int:
         """The new node for a nonlinearity: v = c z + h N(z) for slopes c -+ h, where N has slopes in [-1, 1]."""
-        rows = self.bounds(parent)
+        rows = self.bounds(parent, self.share)
         low, high = (slopes[0] for slopes in interval_slopes(node, self.radius * rows[None]))
         self.decided.append((node.where, float((low == high).double().mean())))
         self._rows[index] = torch.maximum(low.abs(), high.abs()) * rows
@@ -256,15 +311,15 @@ class Narrowing:
     def mapped(self, linear_map: LinearMap, parent: int) -> int:
         return self.system.append(Linear(linear_map, parent, linear_map.codomain))
 
-    def bounds(self, index: int) -> Tensor:
+    def bounds(self, index: int, budget_s: float) -> Tensor:
         """Row bounds of one value of the new system."""
         part = System(list(self.system.nodes), index, self.system.is_complex).pruned()
-        rows, _, notes = entry_bounds(part, self.share)
+        rows, _, notes = entry_bounds(part, budget_s)
         self.notes = sorted({*self.notes, *notes})
         return rows
 
-    def rows(self) -> Tensor:
+    def rows(self, budget_s: float) -> Tensor:
         """Row bounds of the output; right after a nonlinearity also those of its input times its steepest slope."""
-        rows = self.bounds(self.system.output)
+        rows = self.bounds(self.system.output, budget_s)
         known = self._rows.get(self.old.output)
         return rows if known is None else torch.minimum(rows, known * (1 + 1e-15))
