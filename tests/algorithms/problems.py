@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from firmly.linear import Convolution
+from firmly.linear import Convolution, Monotone
 from firmly.prox import Clip, Ridge
 
 torch.set_num_threads(1)  # the tensors are so small that more threads only wait for each other
@@ -25,6 +25,13 @@ def edges() -> Convolution:
     kernel[:, 0, 1, 1] = -1
     kernel[0, 0, 2, 1] = kernel[1, 0, 1, 2] = 1
     return Convolution(kernel, SHAPE)
+
+
+def loop() -> Monotone:
+    """W = (1 - m) I - A*A + B - B* with m = 0.6, a circular convolution."""
+    turn = torch.zeros(1, 1, 3, 3, **double)
+    turn[0, 0, 0, 1], turn[0, 0, 1, 2] = 0.3, -0.2
+    return Monotone(blur(), 0.6, Convolution(turn, SHAPE))
 
 
 def ridge() -> Ridge:

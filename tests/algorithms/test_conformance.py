@@ -17,10 +17,12 @@ from firmly.algorithms import (
     CondatVu,
     DouglasRachford,
     DualForwardBackward,
+    EquilibriumForwardBackward,
     Fista,
     ForwardBackward,
     HeavyBall,
     Hqs,
+    PeacemanRachford,
     Tikhonov,
 )
 from firmly.algorithms.algorithm import check, number
@@ -28,7 +30,7 @@ from firmly.certificates.signal import trace
 from firmly.errors import ConditionError
 from firmly.prox import L1, MCP
 
-from .problems import blur, data, edges, ridge
+from .problems import blur, data, edges, loop, ridge
 
 
 class Case(NamedTuple):
@@ -61,6 +63,10 @@ CASES = [
     ),
     Case("CondatVu", lambda **c: CondatVu(blur(), L1(0.1), edges(), **c), {"step_size": 0.5, "dual_step": 0.1}),
     Case("DualForwardBackward", lambda **c: DualForwardBackward(edges(), L1(0.1), **c), {"step_size": 0.2}),
+    Case(
+        "EquilibriumForwardBackward", lambda **c: EquilibriumForwardBackward(loop(), L1(0.1), **c), {"step_size": 0.3}
+    ),
+    Case("PeacemanRachford", lambda **c: PeacemanRachford(loop(), L1(0.1), **c), {"step_size": 0.7}),
 ]
 
 

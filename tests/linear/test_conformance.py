@@ -35,6 +35,10 @@ def _resolvents() -> dict[str, LinearMap]:
     }
 
 
+MONOTONE = linear.Monotone(
+    linear.Convolution(normal(3, 2, 3, 3), (2, 5, 4)), 0.3, linear.Convolution(normal(2, 2, 3, 3, seed=2), (2, 5, 4))
+)
+
 MAPS: dict[str, LinearMap] = {
     "Identity": linear.Identity((2, 4, 3)),
     "Dense": linear.Dense(normal(4, 7)),
@@ -71,6 +75,10 @@ MAPS: dict[str, LinearMap] = {
     "Sum": linear.Identity((1, 4, 4)) + linear.Convolution(normal(3, 3), (1, 4, 4)),
     "Stack": linear.Stack([linear.Identity((1, 4, 4)), linear.Convolution(normal(2, 1, 3, 3), (1, 4, 4))]),
     "Adjoint": linear.Convolution(normal(3, 2, 3, 3), (2, 6, 5)).T,
+    "Monotone": linear.Monotone(linear.Dense(normal(4, 7)), 0.3, linear.Dense(normal(7, 7))),
+    "Monotone convolution": MONOTONE,
+    "LoopResolvent": linear.LoopResolvent(linear.Monotone(linear.Dense(normal(4, 7)), 0.3), 0.8),
+    "LoopResolvent of a convolution": linear.LoopResolvent(MONOTONE, 0.8),
     **_resolvents(),
 }
 

@@ -6,6 +6,7 @@ from firmly.algorithms.chambolle_pock import ChambollePock
 from firmly.algorithms.condat_vu import CondatVu
 from firmly.algorithms.douglas_rachford import DouglasRachford
 from firmly.algorithms.dual_forward_backward import DualForwardBackward
+from firmly.algorithms.equilibrium import EquilibriumForwardBackward, PeacemanRachford
 from firmly.algorithms.fista import Fista
 from firmly.algorithms.forward_backward import ForwardBackward
 from firmly.algorithms.heavy_ball import HeavyBall
@@ -20,10 +21,12 @@ __all__ = [
     "Condition",
     "DouglasRachford",
     "DualForwardBackward",
+    "EquilibriumForwardBackward",
     "Fista",
     "ForwardBackward",
     "HeavyBall",
     "Hqs",
+    "PeacemanRachford",
     "Rule",
     "SmoothTerm",
     "Tikhonov",
