@@ -9,7 +9,7 @@ from torch import Tensor
 
 from firmly.errors import SettingsError
 from firmly.priors.learning import Method, normalised
-from firmly.priors.omp import SparseCode, omp
+from firmly.priors.omp import OmpCode, omp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Pursuit(Method):
         if self.sparsity < 1:
             raise SettingsError(f"sparsity is at least 1, given {self.sparsity}")
 
-    def code(self, dictionary: Tensor, data: Tensor, memory: SparseCode | None) -> SparseCode:
+    def code(self, dictionary: Tensor, data: Tensor, memory: OmpCode | None) -> OmpCode:
         found = omp(dictionary, data, min(self.sparsity, *dictionary.shape))
         if memory is None:
             return found
@@ -34,15 +34,15 @@ class _Pursuit(Method):
         found, memory = widened(found, width), widened(memory, width)
         better = misfit(dictionary, data, found) <= misfit(dictionary, data, memory)
         support = torch.where(better[:, None], found.support, memory.support)
-        return SparseCode(support, torch.where(better[:, None], found.values, memory.values), found.atoms)
+        return OmpCode(support, torch.where(better[:, None], found.values, memory.values), found.atoms)
 
-    def objective(self, dictionary: Tensor, data: Tensor, memory: SparseCode) -> float:
+    def objective(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> float:
         return 0.5 * float(misfit(dictionary, data, memory).double().mean())
 
-    def unused(self, memory: SparseCode, atoms: int) -> Tensor:
+    def unused(self, memory: OmpCode, atoms: int) -> Tensor:
         return memory.usage() == 0
 
-    def candidates(self, dictionary: Tensor, data: Tensor, memory: SparseCode) -> Tensor:
+    def candidates(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> Tensor:
         return data - memory.synthesise(dictionary)
 
 
@@ -58,7 +58,7 @@ class KSvd(_Pursuit):
 
     exact: bool = True
 
-    def update(self, dictionary: Tensor, data: Tensor, memory: SparseCode) -> tuple[Tensor, SparseCode]:
+    def update(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> tuple[Tensor, OmpCode]:
         atoms = dictionary.mT.contiguous().clone()
         width = memory.support.shape[1]
         values = memory.values.flatten().clone()
@@ -76,7 +76,7 @@ class KSvd(_Pursuit):
             values[mine] = missing @ atom
             left[rows] = torch.addcmul(missing, values[mine, None], atom, value=-1)
             atoms[j] = atom
-        return atoms.mT.contiguous(), SparseCode(memory.support, values.view_as(memory.values), memory.atoms)
+        return atoms.mT.contiguous(), OmpCode(memory.support, values.view_as(memory.values), memory.atoms)
 
     def _direction(self, missing: Tensor, atom: Tensor, values: Tensor) -> Tensor:
         if self.exact:
@@ -96,11 +96,11 @@ class Mod(_Pursuit):
     Source: Engan, Aase and Husoy, Method of optimal directions for frame design, 1999.
     """
 
-    def update(self, dictionary: Tensor, data: Tensor, memory: SparseCode) -> tuple[Tensor, SparseCode]:
+    def update(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> tuple[Tensor, OmpCode]:
         second = data.new_zeros(memory.atoms, memory.atoms, dtype=torch.float64)
         cross = data.new_zeros(memory.atoms, data.shape[1], dtype=torch.float64)
         for part in torch.arange(len(data), device=data.device).split(8192):
-            codes = SparseCode(memory.support[part], memory.values[part], memory.atoms).dense()
+            codes = OmpCode(memory.support[part], memory.values[part], memory.atoms).dense()
             second += codes.mT @ codes
             cross += codes.mT @ data[part]
         fitted = (torch.linalg.pinv(second, rtol=1e-12, hermitian=True) @ cross).mT.to(dictionary.dtype)
@@ -110,13 +110,13 @@ class Mod(_Pursuit):
         return normalised(fitted), memory._replace(values=memory.values * scale[memory.support])
 
 
-def misfit(dictionary: Tensor, data: Tensor, code: SparseCode) -> Tensor:
+def misfit(dictionary: Tensor, data: Tensor, code: OmpCode) -> Tensor:
     """|y - D z|^2 of every signal: (batch,)."""
     return (data - code.synthesise(dictionary)).square().sum(1)
 
 
-def widened(code: SparseCode, width: int) -> SparseCode:
+def widened(code: OmpCode, width: int) -> OmpCode:
     """The same codes with room for `width` nonzeros."""
     extra = width - code.support.shape[1]
     support = torch.nn.functional.pad(code.support, (0, extra), value=code.atoms)
-    return SparseCode(support, torch.nn.functional.pad(code.values, (0, extra)), code.atoms)
+    return OmpCode(support, torch.nn.functional.pad(code.values, (0, extra)), code.atoms)

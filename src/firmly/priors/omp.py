@@ -14,7 +14,7 @@ from firmly.errors import DataError, SettingsError, ShapeError
 CHUNK_BYTES = 2**22  # of the largest temporary: larger ones leave the cache
 
 
-class SparseCode(NamedTuple):
+class OmpCode(NamedTuple):
     """Codes of at most k nonzeros: values (batch, k) of the atoms in support (batch, k).
 
     Unused places of the support hold n, one past the last atom, with the value 0.
@@ -40,7 +40,7 @@ class SparseCode(NamedTuple):
 
 
 @torch.no_grad()
-def omp(dictionary: Tensor, data: Tensor, sparsity: int | None = None, tolerance: float | None = None) -> SparseCode:
+def omp(dictionary: Tensor, data: Tensor, sparsity: int | None = None, tolerance: float | None = None) -> OmpCode:
     """Greedy codes: in every step the atom with the largest |<d_i, residual>| joins, and all coefficients are refitted.
 
     dictionary: (m, n), columns of unit norm; data: (batch, m). A signal stops at `sparsity` atoms (default m), when
@@ -70,7 +70,7 @@ def omp(dictionary: Tensor, data: Tensor, sparsity: int | None = None, tolerance
     missing = [width - support.shape[1] for support, _ in parts]
     support = torch.cat([torch.nn.functional.pad(s, (0, k), value=n) for (s, _), k in zip(parts, missing)])
     values = torch.cat([torch.nn.functional.pad(v, (0, k)) for (_, v), k in zip(parts, missing)])
-    return SparseCode(support, values, n)
+    return OmpCode(support, values, n)
 
 
 def _pursue(gram: Tensor, alpha: Tensor, data: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
