@@ -1,7 +1,44 @@
 """Sparse coding and learned priors."""
 
+from firmly.priors.alternating import Alternating, Unrolled
+from firmly.priors.analysis_operator import AnalysisOperator, TightFrame, UnitRows
 from firmly.priors.duality import Gap, duality_gap
+from firmly.priors.k_svd import KSvd, Mod
 from firmly.priors.lasso import SparseCode, SparseCodingStatus, lasso
+from firmly.priors.learning import Learned, learn_dictionary, learn_from_stream
+from firmly.priors.omp import OmpCode, omp
+from firmly.priors.online import Online
 from firmly.priors.penalty import Penalty
+from firmly.priors.recovery import recovery
+from firmly.priors.several_operators import Identifiability, Masks, Operators
+from firmly.priors.sparse_model import SparseModel
+from firmly.priors.synthesis import CircularSynthesis, MatrixSynthesis
 
-__all__ = ["Gap", "Penalty", "SparseCode", "SparseCodingStatus", "duality_gap", "lasso"]
+__all__ = [
+    "Alternating",
+    "AnalysisOperator",
+    "CircularSynthesis",
+    "Gap",
+    "Identifiability",
+    "KSvd",
+    "Learned",
+    "Masks",
+    "MatrixSynthesis",
+    "Mod",
+    "OmpCode",
+    "Online",
+    "Operators",
+    "Penalty",
+    "SparseCode",
+    "SparseCodingStatus",
+    "SparseModel",
+    "TightFrame",
+    "UnitRows",
+    "Unrolled",
+    "duality_gap",
+    "lasso",
+    "learn_dictionary",
+    "learn_from_stream",
+    "omp",
+    "recovery",
+]

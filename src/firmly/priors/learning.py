@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,7 @@ class Learned:
     """What learning returns: the dictionary, how it ended, and the mean objective per signal after every round.
 
     `replaced` counts the atoms that no signal used and that were replaced; `memory` is what the method went on with
-    (codes, statistics), and lets `learn_dictionary` continue.
+    (codes, statistics).
     """
 
     dictionary: Tensor
@@ -52,8 +53,10 @@ class Learned:
 class Method(ABC):
     """A way to learn: a code step and a dictionary step. `memory` is what it keeps between them, and between rounds.
 
-    Dictionaries are (m, n) with atoms of unit norm as columns, unless the method says otherwise; signals (batch, m).
+    Dictionaries are (m, n) with atoms of unit norm as columns; signals are (batch, m) unless the method says otherwise.
     """
+
+    streams = False  # whether a round may see a new batch: nothing in the memory belongs to the signals of the last one
 
     def refuse(self, dictionary: Tensor, data: Tensor) -> None:
         """Raise unless the dictionary and the signals fit this method."""
@@ -109,33 +112,71 @@ def learn_dictionary(
 
     Raises `ShapeError` and `DataError` for misfit, non-finite or integer data, `SettingsError` for senseless settings.
     """
-    if (atoms is None) == (start is None):
-        raise SettingsError("give either a number of atoms or a dictionary to start from")
-    if atoms is not None and atoms < 1:
-        raise SettingsError(f"a dictionary has at least one atom, given {atoms}")
     if iterations < 1 or not 0 <= tol < 1:
         raise SettingsError(f"iterations is at least 1 and tol in [0, 1), given {iterations} and {tol}")
     generator = torch.Generator().manual_seed(seed)
+    start = _start(data, method, atoms, start, generator)
+    return _alternate(start, method.rounds(data, iterations, generator), method, generator, None, tol, callback)
+
+
+def learn_from_stream(
+    batches: Iterable[Tensor],
+    method: Method,
+    atoms: int | None = None,
+    start: Tensor | None = None,
+    memory: Any = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> Learned:
+    """One round for every batch of a stream, which is read once: memory does not grow with the number of signals.
+
+    `method` has to be one that learns from single batches (`Online`). To go on later pass the `dictionary` and `memory`
+    of the result as `start` and `memory`. The rest, errors included, is as in `learn_dictionary`; an empty stream
+    raises `DataError`.
+    """
+    if not method.streams:
+        raise SettingsError(f"{type(method).__name__} needs all signals in every round; use Online for a stream")
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise DataError("the stream has no batch")
+    generator = torch.Generator().manual_seed(seed)
+    start = _start(first, method, atoms, start, generator)
+
+    def checked() -> Iterator[Tensor]:
+        for batch in itertools.chain([first], stream):
+            refuse_signals(batch, tuple(first.shape[1:]))
+            yield batch.to(first)
+
+    return _alternate(start, checked(), method, generator, memory, 0.0, callback)
+
+
+def _start(
+    data: Tensor, method: Method, atoms: int | None, start: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    if (atoms is None) == (start is None):
+        raise SettingsError("give either a number of atoms or a dictionary to start from")
     if start is None:
+        if atoms is None or atoms < 1:
+            raise SettingsError(f"a dictionary has at least one atom, given {atoms}")
         refuse_signals(data, data.shape[1:])
-        start = method.initial(data, atoms or 1, generator)
+        start = method.initial(data, atoms, generator)
     method.refuse(start, data)
     if start.dtype != data.dtype or start.device != data.device:
         raise DataError(f"the dictionary is {start.dtype} on {start.device}, the signals are {data.dtype} on "
                         f"{data.device}; convert one of them")  # fmt: skip
-    return alternate(start, method.rounds(data, iterations, generator), method, generator, tol=tol, callback=callback)
+    return start
 
 
-def alternate(
+def _alternate(
     dictionary: Tensor,
     batches: Iterable[Tensor],
     method: Method,
     generator: torch.Generator,
-    memory: Any = None,
-    tol: float = 0.0,
-    callback: Callback | None = None,
+    memory: Any,
+    tol: float,
+    callback: Callback | None,
 ) -> Learned:
-    """The loop of `learn_dictionary` over any batches, which may come from a stream; its arguments are not checked."""
     began, objectives, replaced = time.perf_counter(), [], 0
     status, last = Status.LIMIT, None
     try:

@@ -30,11 +30,12 @@ class Online(Method):
         d_j <- u / |u|,     u = d_j + (B_j - D A_j) / A_jj,     the minimiser of 1/2 tr(D'D A) - tr(D'B) over |d_j| = 1.
 
     Memory is that of a batch and of A and B, whatever the number of signals: `iterations` counts passes over a tensor,
-    and `alternate` or the estimators' `partial_fit` take a stream. Codes are `steps` iterations of FISTA: while D still
+    and `learn_from_stream` takes batches that are read once. Codes are `steps` iterations of FISTA: while D still
     moves, exact ones are wasted. An atom that no code has used so far is replaced.
     Source: Mairal, Bach, Ponce and Sapiro, Online learning for matrix factorization and sparse coding, 2010.
     """
 
+    streams = True
     weight: float
     batch_size: int = 512
     steps: int = 30
