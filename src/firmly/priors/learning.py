@@ -151,9 +151,7 @@ def learn_from_stream(
     return _alternate(start, checked(), method, generator, memory, 0.0, callback)
 
 
-def _start(
-    data: Tensor, method: Method, atoms: int | None, start: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def _start(data: Tensor, method: Method, atoms: int | None, start: Tensor | None, generator: torch.Generator) -> Tensor:
     if (atoms is None) == (start is None):
         raise SettingsError("give either a number of atoms or a dictionary to start from")
     if start is None:

@@ -66,7 +66,7 @@ def omp(dictionary: Tensor, data: Tensor, sparsity: int | None = None, tolerance
     gram = dictionary.mT @ dictionary
     chunk = max(1, CHUNK_BYTES // (data.element_size() * n * min(steps, 8)))
     parts = [_pursue(gram, part @ dictionary, part, steps, tolerance or 0.0) for part in data.split(chunk)]
-    width = max(support.shape[1] for support, _ in parts)
+    width = max(1, *(support.shape[1] for support, _ in parts))
     missing = [width - support.shape[1] for support, _ in parts]
     support = torch.cat([torch.nn.functional.pad(s, (0, k), value=n) for (s, _), k in zip(parts, missing)])
     values = torch.cat([torch.nn.functional.pad(v, (0, k)) for (_, v), k in zip(parts, missing)])
@@ -132,7 +132,7 @@ def refuse_dictionary(dictionary: Tensor) -> None:
 
 def refuse_signals(data: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless this is a batch of at least one signal of the shape, real, floating-point and finite."""
-    if tuple(data.shape[1:]) != tuple(shape) or data.dim() != len(shape) + 1 or len(data) == 0:
+    if tuple(data.shape[1:]) != tuple(shape) or data.dim() != max(len(shape), 1) + 1 or len(data) == 0:
         expected = ", ".join(map(str, ("batch", *shape)))
         raise ShapeError(f"signals have shape ({expected}) with a batch of at least one, given {tuple(data.shape)}")
     if not data.is_floating_point():
