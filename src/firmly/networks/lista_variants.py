@@ -123,21 +123,27 @@ def tied_weights(problem: Problem) -> Parts:
 
 def analytic(problem: Problem, whitening: Tensor | None, certified: bool) -> Parts:
     """ALISTA: Liu, Chen, Wang and Yin, ALISTA: analytic weights are as good as learned weights, 2019, equation 7."""
-    D, metric, limit, shared = problem.D, None, None, {}
+    D, metric, limit, common = problem.D, None, None, {}
     if isinstance(D, Dense):
         C = analytic_whitening(problem.values) if whitening is None else whitening.to(problem.values)
         metric = energies(problem.values, C)
         limit = 2 / norm(Dense((C @ problem.values / metric.sqrt()).double())) ** 2
-        shared = {"W": Dense(dense_weights(problem.values, C)), "whitening": Dense(C)}
+        W: LinearMap = Dense(dense_weights(problem.values, C))
+        common = {"whitening": Dense(C)}
+    elif certified or whitening is not None:
+        raise SettingsError(
+            "convolutional analytic weights have a bounded support: no whitening belongs to them and no interval of "
+            "certified steps is known; leave out whitening and certified"
+        )
     else:
-        shared = {"W": analytic_weights(D)}
+        W = analytic_weights(D)
     start = 1.0 if not certified or limit is None or limit > 1 else 0.9 * limit
 
     def layer(k: int) -> Algorithm:
         prior = problem.threshold(k, problem.number(problem.weight / problem.lipschitz), metric)
-        return learn_step(ResidualLayer(D, shared["W"], prior, problem.number(start), limit), certified)
+        return learn_step(ResidualLayer(D, W, prior, problem.number(start), limit), certified)
 
-    return [layer(k) for k in range(problem.depth)], shared
+    return [layer(k) for k in range(problem.depth)], {"W": W, **common}
 
 
 def operators(problem: Problem, tied: bool) -> Parts:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from firmly.algorithms.algorithm import Algorithm, Condition
+from firmly.algorithms.algorithm import Algorithm, Condition, number
 from firmly.networks.lista_layers import zeros
+from firmly.networks.positive import MARGIN
 from firmly.networks.unroll import Unrolled
 
 
@@ -42,3 +44,18 @@ class SparseNetwork(Unrolled):
     def conditions(self) -> list[list[Condition]]:
         """The rules of every layer with their margins: a list for each layer, empty where none is known."""
         return [layer.conditions() for layer in self.layers]
+
+    @torch.no_grad()
+    def project(self) -> list[int]:
+        """Put every step that has left its rule (too long to be certified) back to the end of its interval.
+
+        Returns the numbers of the layers that were changed, from 0.
+        """
+        changed = []
+        for k, layer in enumerate(self.layers):
+            broken = [c.name for c in layer.conditions() if not c.holds and c.name in layer.scalars()]
+            for name in broken:
+                end = number(layer.rule(name).high) * (1 - MARGIN)
+                setattr(layer, name, torch.full_like(layer.parametrizations[name].original, end))
+            changed += [k] if broken else []
+        return changed

@@ -127,7 +127,7 @@ class ContinuousSelection(Prior):
     def _scales(self, step: float | Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The threshold, the metric, and what a unit of w costs at every entry, up to a common factor."""
         threshold = torch.as_tensor(step * self.weight, device=z.device).to(z.dtype)
-        metric = torch.ones_like(threshold) if self.metric is None else self.metric.to(z.dtype)
+        metric = torch.ones_like(threshold) if self.metric is None else torch.as_tensor(self.metric).to(z.dtype)
         cost = 1 / (metric * threshold**2)
         return threshold, metric, (cost / cost.mean()).expand(z.shape)
 

@@ -1,0 +1,85 @@
+"""ALISTA is forward-backward splitting in a metric of its own: the network in which that metric is Euclidean."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from firmly.algorithms.forward_backward import ForwardBackward
+from firmly.errors import NotCertifiable
+from firmly.linear.dense import Dense
+from firmly.networks.analytic_weights import dense_weights, energies
+from firmly.networks.lista_layers import ResidualLayer
+from firmly.networks.sparse_network import SparseNetwork
+from firmly.networks.support_selection import ContinuousSelection, HardSelection
+from firmly.prox.l1 import L1
+from firmly.prox.prior import Prior
+
+
+class InMetric(NamedTuple):
+    """net(y) = network(whitening(y)) / scale: the same network between other coordinates of data and code."""
+
+    network: SparseNetwork
+    whitening: Dense
+    scale: Tensor
+
+    def euclidean(self, bound: float) -> float:
+        """A Lipschitz constant of the original network in Euclidean norms, from one of `network`."""
+        return bound * self.whitening.norm().upper / float(self.scale.min()) * (1 + 1e-14)
+
+
+@torch.no_grad()
+def in_metric(net: SparseNetwork) -> InMetric:
+    """The ALISTA network `net` on whitened data C y and scaled codes u = diag(p)^(1/2) z, in double precision.
+
+    With F = C D diag(p)^(-1/2), every layer z <- R(z + g W*(y - D z)) becomes
+
+        u <- R'(u - g F*(F u - C y)),    R' = diag(p)^(1/2) R diag(p)^(-1/2),
+
+    forward-backward for a soft threshold R (then R' has the thresholds theta sqrt(p)): nonexpansive in u for 0 < g <
+    2 / |F|^2 = 2 / lambda_max(W* D). Its Euclidean certificates are certificates of `net` in the norms |C y| of data
+    and (sum p_i z_i^2)^(1/2) of codes, and its conditions are those of the layers. Derived in docs/lista.
+
+    Raises `NotCertifiable` for other variants, for convolutional dictionaries, whose localised weights are self-adjoint
+    in no such metric, for published support selection, and for weights W that are not the analytic ones (any more).
+    Stored weights are analytic up to rounding: the network that is returned, and certified, has the exact ones.
+    """
+    shared = net.shared
+    if net.variant != "alista" or not isinstance(getattr(shared, "whitening", None), Dense):
+        raise NotCertifiable(
+            f"only ALISTA with a matrix as dictionary is forward-backward in a metric, given {net.variant!r}; "
+            "certify(net) bounds the network as it is, in Euclidean norms"
+        )
+    D, W, C = (getattr(shared, name).weight.detach().double().cpu() for name in ("D", "W", "whitening"))
+    deviation = float((dense_weights(D, C) - W).norm() / W.norm())
+    if not deviation < 1e-5:
+        raise NotCertifiable(
+            f"the weights W differ from the analytic ones by {deviation:.3g} of their norm: the metric is not theirs"
+        )
+    scale = energies(D, C).sqrt()
+    F = Dense(C @ D / scale)
+    layers = [forward_backward(F, layer, scale) for layer in net.layers]
+    common = nn.Module()
+    common.D = F
+    return InMetric(SparseNetwork(layers, common, "alista in its metric"), Dense(C), scale)
+
+
+def forward_backward(F: Dense, layer: nn.Module, scale: Tensor) -> ForwardBackward:
+    if not isinstance(layer, ResidualLayer):
+        raise NotCertifiable(f"a layer of ALISTA is a ResidualLayer, given {type(layer).__name__}")
+    step = float(layer.step_size)
+    return ForwardBackward(F, in_scale(layer.prior, scale, step), step_size=step)
+
+
+def in_scale(prior: Prior, scale: Tensor, step: float) -> Prior:
+    """R' as the prox of a prior with this step."""
+    if isinstance(prior, HardSelection):
+        prior.slope_at()  # refuses, with the reason
+    if isinstance(prior, (L1, ContinuousSelection)):
+        weight = scale * prior.weight.detach().double().cpu() / step
+        if isinstance(prior, L1):
+            return L1(weight)
+        return ContinuousSelection(weight, prior.count, prior.ramp)
+    raise NotCertifiable(f"the {type(prior).__name__} of this layer is not known in the metric")
