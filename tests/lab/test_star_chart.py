@@ -4,10 +4,8 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 from firmly.lab.charts import Mark
-from firmly.lab.pictures import error_maps
 from firmly.lab.star_chart import star_chart
 
 MARKS = [Mark("data", 1.4483, "ours"), Mark("start", 0.9999, "ours"), Mark("bias", 3.02, "ours"), Mark("mask", 0.5)]
@@ -29,10 +27,3 @@ def test_star_stays_inside_its_frame(width, count):
             assert x - shift >= -1 and x - shift + size <= width + 1, element.text
             assert 8 <= float(element.attrib["y"]) <= bottom
     assert "1.45" in drawing and "1.3 to" in drawing
-
-
-def test_error_maps_share_one_scale():
-    bound, attacked = torch.tensor([[[0.2, 0.1]]]), torch.tensor([[[0.05, 0.1]]])
-    shown = error_maps(bound, attacked)
-    assert torch.allclose(shown[0], torch.tensor([[[1.0, 0.5]]]))
-    assert torch.allclose(shown[1], torch.tensor([[[0.25, 0.5]]]))

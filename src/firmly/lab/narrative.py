@@ -32,6 +32,7 @@ def tell(experiment: Experiment, settings: ReconstructionSettings, results: dict
         "twin_text": twin_text(results, methods),
         "no_certificate": "No finite bound is known for this network: `metrics.jsonl` holds the reason.",
         "attack_text": attack_text(results),
+        "error_text": error_text(results),
         "budget_text": budget_text(results, methods),
         "training_text": training_text(settings, results),
         "credits": "named with their licences in the package, firmly/data/images/LICENCES.md.",
@@ -157,6 +158,32 @@ def attack_text(results: dict[str, Any]) -> str:
             f"{twin['psnr_before']:.2f} to {twin['psnr_after']:.2f} dB"
         )
     return text + "."
+
+
+def error_text(results: dict[str, Any]) -> str:
+    found = results["errors"]
+    if "reason" in found:
+        return f"There is no certified map of the change of single pixels here: {found['reason']}."
+    radius, row, column = number(results["attack"]["radius"]), *found["pixel"]
+    text = f"For every perturbation of this measurement of norm up to {radius}, "
+    if found["smallest"] == found["largest"]:
+        text += f"no pixel changes by more than {at_most(found['largest'])}, where 1 is from black to white. "
+        if found["everywhere"]:
+            text += (
+                "It is one number for all pixels and all measurements: the layers treat all places alike, and nothing "
+                "but their weights and slopes enters. "
+            )
+    else:
+        text += (
+            f"no pixel changes by more than {at_most(found['largest'])}, where 1 is from black to white, and the "
+            f"calmest by no more than {at_most(found['smallest'])}. "
+        )
+    return text + (
+        f"The attack above, on the whole image, changes its pixels by up to {number(found['attacked'])}; one on the "
+        f"pixel in row {row}, column {column} alone changes it by {number(found['aimed'])}, so that the bound is at "
+        f"most {at_most(found['largest'] / max(found['attacked'], found['aimed']), 2)} times too large. Up to the norm "
+        f"{at_least(found['tolerated'])} no pixel can change by more than a tenth of the range from black to white."
+    )
 
 
 def budget_text(results: dict[str, Any], methods: dict[str, Any]) -> str:

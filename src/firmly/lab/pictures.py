@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -17,6 +18,34 @@ def png(image: Tensor) -> bytes:
     height, width = pixels.shape
     Image.frombytes("L", (width, height), bytes(pixels.numpy())).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def coloured(values: Tensor) -> bytes:
+    """Values (height, width) in [0, 1] as a PNG in the colours `COLOURS`; values outside have the first or the last."""
+    from PIL import Image
+
+    index = (values.detach().cpu().clamp(0, 1) * (len(COLOURS) - 1)).round().byte().contiguous()
+    height, width = index.shape
+    image = Image.frombytes("P", (width, height), bytes(index.numpy()))
+    image.putpalette([part for colour in COLOURS for part in colour])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def between(anchors: Sequence[tuple[int, int, int]], count: int) -> list[tuple[int, int, int]]:
+    """`count` colours from the first anchor to the last, linear between neighbours."""
+    colours = []
+    for i in range(count):
+        at = i / (count - 1) * (len(anchors) - 1)
+        k = min(int(at), len(anchors) - 2)
+        red, green, blue = (round(a + (at - k) * (b - a)) for a, b in zip(anchors[k], anchors[k + 1]))
+        colours.append((red, green, blue))
+    return colours
+
+
+COLOURS = between(((9, 6, 48), (84, 18, 108), (166, 44, 94), (227, 96, 52), (249, 176, 62), (253, 250, 205)), 48)
+"""From dark violet to pale yellow, of rising lightness, readable without colours too."""
 
 
 def data_uri(content: bytes) -> str:
@@ -44,10 +73,3 @@ def busiest(image: Tensor, size: int) -> tuple[int, int]:
 def signed(difference: Tensor, scale: float) -> Tensor:
     """A difference as a picture: gray where it is 0, white at +scale, black at -scale."""
     return 0.5 + 0.5 * difference / scale
-
-
-def error_maps(bound: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """The certified error map of an image (1, height, width) and the change by an attack, on one scale for `png`:
-    white is the largest change that the bound allows."""
-    top = float(bound.max()) or 1.0
-    return bound / top, attacked / top

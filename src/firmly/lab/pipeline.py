@@ -19,6 +19,7 @@ from firmly.lab import narrative
 from firmly.lab.baselines import tune_tv, tune_wiener, wiener_filter
 from firmly.lab.budget import BudgetPenalty, repair
 from firmly.lab.engine import Engine, start_engine
+from firmly.lab.error_map import map_errors
 from firmly.lab.metrics import psnr, ssim
 from firmly.lab.pictures import busiest, detail, png, signed
 from firmly.lab.reconstruction import Experiment, ReconstructionSettings
@@ -197,6 +198,10 @@ def evaluate(
         images[key] = restored
         save_weights(run / f"weights/{name}.safetensors", trained.networks[name], describe(experiment, settings, name))
 
+    attacked, worst = attack_all(experiment, settings, run, trained, y[[scene]], truth[[scene]], listen)
+    listen("note", {"text": "bounding the error of every pixel"})
+    main, seconds = trained.networks[trained.main], settings.certify_seconds / 3
+    errors = map_errors(run, main, y[[scene]], worst, attacked["radius"], certificates[trained.main], seconds)
     results = {
         "experiment": experiment.name,
         "main": trained.main,
@@ -207,7 +212,8 @@ def evaluate(
         "tuned": tuned,
         "certificate": certificate_facts(certificates[trained.main]),
         "twin": certificate_facts(certificates.get("unconstrained")),
-        "attack": attack_all(experiment, settings, run, trained, y[[scene]], truth[[scene]], listen),
+        "attack": attacked,
+        "errors": errors,
         "budgets": [
             {"budget": budget, **next(r for r in rows if r["key"] == key_of(f"budget-{budget:g}", trained))}
             for budget in settings.budget
@@ -268,10 +274,12 @@ def certify_all(
 def attack_all(
     experiment: Experiment, settings: ReconstructionSettings, run: RunFolder, trained: Networks,
     y: Tensor, truth: Tensor, listen: Listener,
-) -> dict[str, Any]:  # fmt: skip
-    """The worst perturbation found for the main network and for its twin, at a fraction of the norm of the noise."""
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
+    """The worst perturbations found for the main network and for its twin, at a fraction of the norm of the noise: the
+    facts of both, and that of the main one."""
     radius = settings.attack * max(settings.noise, 1e-3) * math.sqrt(y.numel())
     found: dict[str, Any] = {"radius": radius, "share": settings.attack}
+    perturbation = torch.zeros_like(y)
     for key, name in (("ours", trained.main), ("twin", "unconstrained")):
         if name not in trained.networks:
             continue
@@ -288,7 +296,9 @@ def attack_all(
         pattern = experiment.shown(experiment.operator(settings, settings.size), worst.perturbation)[0]
         run.write(f"pictures/attack-{key}.png", png(after[0]))
         run.write(f"pictures/attack-{key}-perturbation.png", png(signed(pattern, float(pattern.abs().max()) or 1.0)))
-    return found
+        if key == "ours":
+            perturbation = worst.perturbation
+    return found, perturbation
 
 
 def save_pictures(run: RunFolder, truth: Tensor, images: dict[str, Tensor], scene: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from firmly.lab.charts import Line, Mark, at_least, at_most, bracket_chart, dot_chart, line_chart, number
+from firmly.lab.error_map import scale_bar
 from firmly.lab.pictures import data_uri
 from firmly.lab.run_folder import RunFolder
 
@@ -72,6 +73,8 @@ def _charts(results: dict[str, Any], methods: dict[str, Any]) -> dict[str, Marku
         charts["training"] = both(lambda width: _training(results, methods, width))
     if len(results["budgets"]) > 1:
         charts["budget"] = both(lambda width: _budget(results, width))
+    if "largest" in results.get("errors", {}):
+        charts["error scale"] = both(lambda width: scale_bar(results["errors"]["largest"], width))
     charts["images"] = both(lambda width: _images(results, methods, width))
     return charts
 
