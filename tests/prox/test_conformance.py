@@ -51,6 +51,7 @@ CASES = {
     "squared l2": Case(lambda: fp.SquaredL2(0.8)),
     "squared l2 weighted": Case(lambda: fp.SquaredL2(weights)),
     "group l1": Case(lambda: fp.GroupL1(0.6)),
+    "mixed norm": Case(lambda: fp.MixedNorm(0.6, orientations=2), (3, 4)),
     "box": Case(lambda: fp.Box(-0.5, 0.8), complex_data=False),
     "nonnegative": Case(fp.NonNegative, complex_data=False),
     "simplex": Case(fp.Simplex, complex_data=False),

@@ -5,10 +5,12 @@ from firmly.prox.balls import L1Ball, L2Ball
 from firmly.prox.box import Box, NonNegative
 from firmly.prox.elastic_net import ElasticNet
 from firmly.prox.filter_bank import dct_filters, peak_power
+from firmly.prox.gradient_step import GradientStep
 from firmly.prox.group_l1 import GroupL1
 from firmly.prox.huber import Huber
 from firmly.prox.kl import KullbackLeibler
 from firmly.prox.l1 import L1
+from firmly.prox.mixed_norm import MixedNorm
 from firmly.prox.norms import L2, SquaredL2
 from firmly.prox.prior import Prior, Slope, Zero, proximal
 from firmly.prox.ridge import Ridge, ridge_gradient
@@ -32,6 +34,7 @@ __all__ = [
     "ChannelThreshold",
     "Clip",
     "ElasticNet",
+    "GradientStep",
     "GroupL1",
     "Huber",
     "KullbackLeibler",
@@ -39,6 +42,7 @@ __all__ = [
     "L2Ball",
     "LinearSpline",
     "LogDet",
+    "MixedNorm",
     "MonotoneSpline",
     "NonNegative",
     "Nuclear",
