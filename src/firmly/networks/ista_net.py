@@ -63,9 +63,9 @@ class IstaNet(nn.Module):
         recorded = self.training and torch.is_grad_enabled() and isinstance(y, Tensor)
         deviation: Tensor | None = None
         for phase in self.phases:
-            x, s = phase(x, self.A, y)
+            x, s, coefficients = phase(x, self.A, y)
             if recorded:
-                gap = (phase.backward_transform(phase.forward_transform(s)) - s).square().mean()
+                gap = (phase.backward_transform(coefficients) - s).square().mean()
                 deviation = gap if deviation is None else deviation + gap
         self.__dict__["_deviation"] = deviation
         return x
@@ -103,10 +103,11 @@ class Phase(nn.Module):
         self.forward_transform = nn.Sequential(convolution(lift, channels), nn.ReLU(), convolution(channels, channels))
         self.backward_transform = nn.Sequential(convolution(channels, channels), nn.ReLU(), convolution(channels, lift))
 
-    def forward(self, x: Tensor, A: LinearMap, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The next image, and the value that F_k is applied to."""
-        r = x - self.step * A.T(A(x) - y)
-        return self.backward_transform(self.prior.prox(self.forward_transform(r))), r
+    def forward(self, x: Tensor, A: LinearMap, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next image, the value s that F_k is applied to, and F_k(s)."""
+        s = x - self.step * A.T(A(x) - y)
+        coefficients = self.forward_transform(s)
+        return self.backward_transform(self.prior.prox(coefficients)), s, coefficients
 
 
 class ResidualPhase(Phase):
@@ -117,10 +118,11 @@ class ResidualPhase(Phase):
         self.lift = convolution(1, channels)
         self.drop = convolution(channels, 1)
 
-    def forward(self, x: Tensor, A: LinearMap, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, A: LinearMap, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r = x - self.step * A.T(A(x) - y)
         s = self.lift(r)
-        return r + self.drop(self.backward_transform(self.prior.prox(self.forward_transform(s)))), s
+        coefficients = self.forward_transform(s)
+        return r + self.drop(self.backward_transform(self.prior.prox(coefficients))), s, coefficients
 
 
 class Between(nn.Module):
