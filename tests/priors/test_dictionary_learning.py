@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ class TestEveryMethod:
         assert not torch.equal(one.dictionary, other.dictionary)
 
     def test_arguments_are_not_changed(self, method):
-        data, truth = problem()
+        data, _ = problem()
         start = learn_dictionary(data, method, atoms=16, iterations=1).dictionary
         copies = data.clone(), start.clone()
         learn_dictionary(data, method, start=start, iterations=2)
@@ -107,7 +109,7 @@ class TestEveryMethod:
 def test_objective_never_increases(method):
     data, _ = problem(noise=0.2)
     objectives = learn_dictionary(data, method, atoms=16, iterations=15).objectives
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(objectives, objectives[1:])), objectives
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(objectives)), objectives
 
 
 @pytest.mark.parametrize("method", [KSvd(3), KSvd(3, exact=False), Mod(3), Alternating(SparseModel(0.05))], ids=repr)
@@ -141,7 +143,7 @@ def test_mod_solves_its_least_squares():
 
 
 def test_online_minimises_its_surrogate():
-    """Repeated updates on fixed statistics reach a stationary point of 1/2 tr(D'D A) - tr(D'B) on the sphere product."""
+    """Repeated updates on fixed statistics reach a stationary point of 1/2 tr(D'D A) - tr(D'B) over unit atoms."""
     data, truth = problem()
     method = Online(0.1)
     memory = method.code(truth, data, None)
@@ -149,7 +151,7 @@ def test_online_minimises_its_surrogate():
     for _ in range(200):
         D, _ = method.update(D, data, memory)
         values.append(float(0.5 * (D.mT @ D * memory.second).sum() - (D * memory.cross).sum()))
-    assert all(b <= a + 1e-9 for a, b in zip(values, values[1:]))
+    assert all(b <= a + 1e-9 for a, b in pairwise(values))
     gradient = D @ memory.second - memory.cross
     tangent = gradient - D * (D * gradient).sum(0)
     assert tangent.abs().max() < 1e-6 * gradient.abs().max()
@@ -199,7 +201,7 @@ def test_tolerance_ends_learning():
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(atoms=0), dict(atoms=4, iterations=0), dict(atoms=4, tol=-1.0), dict(atoms=4, start=torch.eye(12)),
+    {}, {"atoms": 0}, {"atoms": 4, "iterations": 0}, {"atoms": 4, "tol": -1.0}, {"atoms": 4, "start": torch.eye(12)},
 ])  # fmt: skip
 def test_bad_settings(settings):
     with pytest.raises(SettingsError):
@@ -207,7 +209,8 @@ def test_bad_settings(settings):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: KSvd(0), lambda: Mod(-1), lambda: Online(0.0), lambda: Online(0.1, batch_size=0), lambda: Online(0.1, steps=0),
+    lambda: KSvd(0), lambda: Mod(-1), lambda: Online(0.0), lambda: Online(0.1, batch_size=0),
+    lambda: Online(0.1, steps=0),
     lambda: SparseModel(-1.0), lambda: SparseModel(float("nan")), lambda: Alternating(SparseModel(0.1), steps=0),
     lambda: Unrolled(SparseModel(0.1), steps=5, through=6), lambda: AnalysisOperator(0.0),
 ])  # fmt: skip

@@ -91,14 +91,14 @@ def test_on_the_gpu():
 
 
 @pytest.mark.parametrize("bad,error", [
-    (dict(sparsity=0), SettingsError), (dict(sparsity=11), SettingsError), (dict(), SettingsError),
-    (dict(tolerance=-1.0), SettingsError), (dict(tolerance=float("nan")), SettingsError),
-    (dict(sparsity=2, data=torch.zeros(3, 9)), ShapeError), (dict(sparsity=2, data=torch.zeros(10)), ShapeError),
-    (dict(sparsity=2, data=torch.full((3, 10), float("nan"))), DataError),
-    (dict(sparsity=2, data=torch.zeros(3, 10, dtype=torch.int64)), DataError),
-    (dict(sparsity=2, dictionary=2 * dictionary(10, 25)), DataError),
-    (dict(sparsity=2, dictionary=torch.zeros(10)), ShapeError),
-    (dict(sparsity=2, dictionary=torch.full((10, 25), float("inf"))), DataError),
+    ({"sparsity": 0}, SettingsError), ({"sparsity": 11}, SettingsError), ({}, SettingsError),
+    ({"tolerance": -1.0}, SettingsError), ({"tolerance": float("nan")}, SettingsError),
+    ({"sparsity": 2, "data": torch.zeros(3, 9)}, ShapeError), ({"sparsity": 2, "data": torch.zeros(10)}, ShapeError),
+    ({"sparsity": 2, "data": torch.full((3, 10), float("nan"))}, DataError),
+    ({"sparsity": 2, "data": torch.zeros(3, 10, dtype=torch.int64)}, DataError),
+    ({"sparsity": 2, "dictionary": 2 * dictionary(10, 25)}, DataError),
+    ({"sparsity": 2, "dictionary": torch.zeros(10)}, ShapeError),
+    ({"sparsity": 2, "dictionary": torch.full((10, 25), float("inf"))}, DataError),
 ])  # fmt: skip
 def test_bad_input_is_refused(bad, error):
     arguments = {"dictionary": dictionary(10, 25), "data": signals(3, 10)} | bad

@@ -43,10 +43,10 @@ class TightFrame:
     """Unit-norm tight frames: rows of unit norm and Gamma'Gamma = (p / m) I, so that no direction is given up.
 
     A Cayley step on the Stiefel manifold, Gamma+ = (I + t/2 E)^-1 (I - t/2 E) Gamma with the skew
-    E = G Gamma' - Gamma G', keeps Gamma'Gamma. Then rows and frame are made exact in turn (alternating projections) to 1e-10,
-    in float32 to 1e-5, or for 500 turns.
-    Sources: Yaghoobi, Nam, Gribonval and Davies, Constrained overcomplete analysis operator learning for cosparse signal
-    modelling, 2013; Wen and Yin, A feasible method for optimization with orthogonality constraints, 2013;
+    E = G Gamma' - Gamma G', keeps Gamma'Gamma. Then the frame and the rows are made exact in turn (alternating
+    projections) to 1e-10, in float32 to 1e-5, or for 500 turns.
+    Sources: Yaghoobi, Nam, Gribonval and Davies, Constrained overcomplete analysis operator learning for cosparse
+    signal modelling, 2013; Wen and Yin, A feasible method for optimization with orthogonality constraints, 2013;
     Tropp, Dhillon, Heath and Strohmer, Designing structured tight frames via an alternating projection method, 2005.
     """
 
@@ -81,13 +81,14 @@ class Denoised(NamedTuple):
 class AnalysisOperator(Method):
     """min over Gamma of the mean over the signals y of P(Gamma, y) = min_x 1/2 |x - y|^2 + weight |Gamma x|_1.
 
-    Code step: `steps` of accelerated projected gradients on the dual, x = y - Gamma'u with |u|_inf <= weight, warm-started.
-    Operator step: the gradient of P, u x' (Danskin), inside the `constraint`, with backtracking on the primal value after
-    as many dual steps. The dictionary that is learned is Gamma', (m, p): its columns are the rows of Gamma.
+    Code step: `steps` of accelerated projected gradients on the dual, x = y - Gamma'u with |u|_inf <= weight,
+    warm-started. Operator step: the gradient of P, u x' (Danskin), inside the `constraint`, with backtracking on the
+    primal value after as many dual steps. The dictionary that is learned is Gamma', (m, p): its columns are the rows of
+    Gamma.
     """
 
     weight: float
-    constraint: Constraint = TightFrame()
+    constraint: Constraint = dataclasses.field(default_factory=TightFrame)
     steps: int = 30
 
     def __post_init__(self) -> None:

@@ -105,8 +105,8 @@ def learn_dictionary(
 ) -> Learned:
     """Alternate the two steps of `method` on signals (batch, m), from `start` or from `atoms` of the signals.
 
-    A round codes and updates once. Atoms that no signal uses are replaced by the signals that are represented worst, and
-    counted. Learning ends after `iterations` (rounds; passes over the data for `Online`), or when a round on all data
+    A round codes and updates once. Atoms that no signal uses are replaced by what is represented worst, and counted.
+    Learning ends after `iterations` (rounds; passes over the data for `Online`), or when a round on all data
     lowers the objective by at most `tol` times its value. `callback(round, dictionary, objective)` follows each round.
     Ctrl-C ends learning with the dictionary of the last whole round. All randomness comes from `seed`.
 

@@ -18,8 +18,8 @@ LARGEST = 4096  # unknowns up to which the joint null space is computed
 class Identifiability(NamedTuple):
     """What the operators see together: the eigenvalues of G = sum_i A_i'A_i / (number of signals).
 
-    `blind` is the dimension of the common null space, `smallest` and `largest` are the eigenvalues of G at the ends, and
-    `null_space` (dimension, blind) has an orthonormal basis of it. What the atoms have there is in no datum, so no
+    `blind` is the dimension of the common null space, `null_space` (dimension, blind) an orthonormal basis of it, and
+    `smallest` and `largest` are the eigenvalues of G at the ends. What the atoms have there is in no datum, so no
     method can learn it. A small ratio smallest / largest means that some directions are learned from few data. To see
     everything is necessary, not sufficient.
     Source: Malezieux, Michel, Moreau and Kowalski, Where prior learning can and can't work in unsupervised inverse
@@ -87,6 +87,7 @@ class Operators(Observation):
             raise DataError("dictionaries are learned from real data: the operators are real")
         self.maps = list(maps)
         self.rows = [(which == i).nonzero()[:, 0] for i in range(len(maps))]
+        self.order = torch.argsort(torch.cat(self.rows))
         self.count = len(which)
         self.signal_shape, self.data_shape = maps[0].domain, maps[0].codomain
 
@@ -98,8 +99,7 @@ class Operators(Observation):
 
     def _each(self, maps: Sequence[LinearMap], given: Tensor) -> Tensor:
         results = [A(given[rows]) for A, rows in zip(maps, self.rows) if len(rows)]
-        order = torch.argsort(torch.cat([rows for rows in self.rows if len(rows)]))
-        return torch.cat(results)[order]
+        return torch.cat(results)[self.order]
 
     def squared_norm(self) -> float:
         return max(A.norm().upper for A, rows in zip(self.maps, self.rows) if len(rows)) ** 2

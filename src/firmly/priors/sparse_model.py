@@ -17,10 +17,10 @@ from firmly.priors.synthesis import MatrixSynthesis, Synthesis
 
 @dataclasses.dataclass(frozen=True)
 class SparseModel:
-    """F(z, D) = 1/2 |A S(D, z) - y|^2 + weight |z|_1 for every signal; A is the identity unless `observation` is given."""
+    """F(z, D) = 1/2 |A S(D, z) - y|^2 + weight |z|_1 for every signal; A is the identity without `observation`."""
 
     weight: float
-    synthesis: Synthesis = MatrixSynthesis()
+    synthesis: Synthesis = dataclasses.field(default_factory=MatrixSynthesis)
     observation: Observation | None = None
 
     def __post_init__(self) -> None:
@@ -128,8 +128,8 @@ def descend(
 ) -> tuple[Tensor | None, float]:
     """The first of move(step), move(step / 2), ... with a smaller loss than `value`, and the step to try next.
 
-    The next trial is ten times the accepted step, at most 1e4. None if no point is better: the point is stationary up to
-    rounding.
+    The next trial is ten times the accepted step, at most 1e4. None if no point is better: the point is stationary up
+    to rounding.
     """
     for _ in range(halvings):
         candidate = move(step)
