@@ -3,6 +3,8 @@
 from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights, analytic_whitening
 from firmly.networks.beyond_depth import beyond_depth
+from firmly.networks.descent import descend
+from firmly.networks.learned_tv import learned_tv, tv_objective
 from firmly.networks.lista import lista
 from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import Selection
@@ -11,11 +13,14 @@ from firmly.networks.unroll import Unrolled, unroll
 __all__ = [
     "Selection",
     "SparseNetwork",
+    "Unrolled",
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
+    "descend",
     "in_metric",
+    "learned_tv",
     "lista",
-    "Unrolled",
+    "tv_objective",
     "unroll",
 ]

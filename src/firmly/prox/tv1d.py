@@ -96,7 +96,7 @@ def jumps(z: Tensor, threshold: Tensor) -> Tensor:
         block = last.cumsum(0) - last.to(torch.long)
         count = int(block[-1]) + 1
         mean = data.new_zeros(count).index_add(0, block, data) / torch.bincount(block, minlength=count)
-        above = _above(mean[block] - data, bound, last)
+        above = _above(mean[block] - data, bound, last, longest=z.shape[-1])
         cut = (above[1:].to(data.dtype) - above[:-1].to(data.dtype)) * ~last[:-1]
         cut = torch.nn.functional.pad(cut, (0, 1))
         signs.view(-1)[place] += cut
@@ -108,7 +108,7 @@ def jumps(z: Tensor, threshold: Tensor) -> Tensor:
     return signs[:, :-1]
 
 
-def _above(cost: Tensor, bound: Tensor, last: Tensor) -> Tensor:
+def _above(cost: Tensor, bound: Tensor, last: Tensor, longest: int) -> Tensor:
     """argmin over y in {0, 1} of sum_i cost_i y_i + bound sum |y[i + 1] - y[i]| on every block of a chain.
 
     Dynamic programming: m_i = cost_i + clip(m_{i - 1}, -bound, bound) is what y_i = 1 costs more than y_i = 0, given
@@ -118,7 +118,7 @@ def _above(cost: Tensor, bound: Tensor, last: Tensor) -> Tensor:
     first[:1] = True
     start = cost.clamp(-bound, bound)
     low, high = torch.where(first, start, -bound), torch.where(first, start, bound)
-    clipped = _clip_scan(cost, low, high)
+    clipped = _clip_scan(cost, low, high, longest)
     m = cost + torch.where(first, 0.0, clipped.roll(1))
     decided = last | (m.abs() > bound)
     index = torch.arange(len(cost), device=cost.device)
@@ -126,12 +126,13 @@ def _above(cost: Tensor, bound: Tensor, last: Tensor) -> Tensor:
     return (m < 0)[following]
 
 
-def _clip_scan(shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """p_i = clip(p_{i - 1} + shift_i, low_i, high_i) for a chain whose first interval is one point.
+def _clip_scan(shift: Tensor, low: Tensor, high: Tensor, longest: int) -> Tensor:
+    """p_i = clip(p_{i - 1} + shift_i, low_i, high_i) along a chain with one-point intervals, `longest` apart at most.
 
-    Such clips are closed under composition, so that neighbours are composed in pairs, and the pairs scanned.
+    Such clips are closed under composition, so that neighbours are composed in pairs, and the pairs scanned. What is
+    composed of `longest` clips holds a one-point interval, and is constant.
     """
-    if len(shift) == 1:
+    if longest <= 1 or len(shift) == 1:
         return low
     pairs = len(shift) // 2
     even, odd = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
@@ -139,6 +140,7 @@ def _clip_scan(shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
         shift[even] + shift[odd],
         (low[even] + shift[odd]).clamp(low[odd], high[odd]),
         (high[even] + shift[odd]).clamp(low[odd], high[odd]),
+        (longest + 1) // 2,
     )
     result = torch.empty_like(shift)
     result[1::2] = at_odd
