@@ -126,7 +126,7 @@ class ContinuousSelection(Prior):
 
     def _scales(self, step: float | Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The threshold, the metric, and what a unit of w costs at every entry, up to a common factor."""
-        threshold = torch.as_tensor(step * self.weight, device=z.device).to(z.dtype)
+        threshold = torch.as_tensor(step * self.weight, dtype=z.dtype, device=z.device)
         metric = torch.ones_like(threshold) if self.metric is None else torch.as_tensor(self.metric).to(z.dtype)
         cost = 1 / (metric * threshold**2)
         return threshold, metric, (cost / cost.mean()).expand(z.shape)
@@ -155,13 +155,12 @@ def capped_simplex(x: Tensor, cost: Tensor, count: float) -> Tensor:
         reached = (rate * (kinks[:, :-1] - kinks[:, 1:])).cumsum(1)  # sum w at the next kink
         enough = reached >= count
         after = torch.where(enough.any(1), enough.long().argmax(1), reached.shape[1] - 1)[:, None]
-        mu = kinks.gather(1, after + 1) + (reached.gather(1, after) - count) / rate.gather(1, after).clamp(
-            min=torch.finfo(x.dtype).tiny
-        )
+        slope = rate.gather(1, after).clamp(min=torch.finfo(x.dtype).tiny)
+        mu = (kinks.gather(1, after + 1) + (reached.gather(1, after) - count) / slope).clamp(min=0)
         w = x - mu * cost
         between, full = (w > 0) & (w < 1), w >= 1
-        known = enough.any(1, keepdim=True) & between.any(1, keepdim=True)
-    total = (cost * between).sum(1, keepdim=True)
-    exact = ((x * between).sum(1, keepdim=True) + full.sum(1, keepdim=True) - count) / torch.where(known, total, 1.0)
-    mu = torch.where(known, exact, mu).clamp(min=0)
-    return (x - mu * cost).clamp(0, 1)
+        determined = enough.any(1, keepdim=True) & (mu > 0) & between.any(1, keepdim=True)
+    total = torch.where(determined, (cost * between).sum(1, keepdim=True), 1.0)
+    balance = ((x * between).sum(1, keepdim=True) + full.sum(1, keepdim=True) - count) / total
+    mu = torch.where(determined, balance, mu)
+    return torch.where(between, (x - mu * cost).clamp(0, 1), full.to(x.dtype))
