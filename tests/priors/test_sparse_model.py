@@ -140,8 +140,17 @@ def test_circular_synthesis_by_hand():
             for column in range(4):
                 for a in range(2):
                     for b in range(3):
-                        expected[(row + a) % 5, (column + b) % 4] += kernel[a, b] * z[0, j, row, column]
+                        expected[(row + a) % 5, (column + b - 1) % 4] += kernel[a, b] * z[0, j, row, column]
     torch.testing.assert_close(synthesis.apply(D, z)[0], expected)
+
+
+@pytest.mark.parametrize("shape,size", [((9,), (4,)), ((9,), (9,)), ((5, 4), (2, 3)), ((5, 6), (5, 1))])
+def test_circular_synthesis_as_a_linear_map(shape, size):
+    synthesis = CircularSynthesis(shape, size)
+    D, z = unit(randn(torch.Size(size).numel(), 3)), randn(2, 3, *shape, seed=1)
+    A = synthesis.linear_map(D)
+    torch.testing.assert_close(A(z)[:, 0], synthesis.apply(D, z))
+    assert A.norm().upper ** 2 == pytest.approx(synthesis.squared_norm(D), rel=1e-9)
 
 
 def test_windows_have_the_most_energy():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import ShapeError
+from firmly.linear import Convolution
 
 
 class Synthesis(ABC):
@@ -59,8 +60,8 @@ class MatrixSynthesis(Synthesis):
 class CircularSynthesis(Synthesis):
     """x = sum_j d_j * z_j, circular convolutions in one or two dimensions.
 
-    signals (batch, *shape), codes (batch, n, *shape), atoms of the given size: D is (prod(size), n). An entry of z_j at
-    place p puts the atom on p, p + 1, ..., p + size - 1, around the border.
+    signals (batch, *shape), codes (batch, n, *shape), atoms of the given size: D is (prod(size), n). An entry of z_j
+    puts the atom around its place, its entry (size - 1) - size // 2 on it, and beyond the border on the other side.
     """
 
     def __init__(self, shape: Sequence[int], size: Sequence[int]):
@@ -70,17 +71,25 @@ class CircularSynthesis(Synthesis):
         if any(not 1 <= k <= n for k, n in zip(self.size, self.shape)):
             raise ShapeError(f"atoms of {self.size} do not fit on signals of {self.shape}")
         self.axes = tuple(range(-len(self.shape), 0))
+        self.centre = tuple((k - 1) - k // 2 for k in self.size)
 
     def filters(self, dictionary: Tensor) -> Tensor:
         """The atoms in their shape: (n, *size)."""
         return dictionary.mT.reshape(-1, *self.size)
 
+    def linear_map(self, dictionary: Tensor) -> Convolution:
+        """z -> S(D, z) as a linear map, for `lasso`, `unroll` and certificates."""
+        kernel = self.filters(dictionary).flip(self.axes)[None]
+        return Convolution(kernel, (len(kernel[0]), *self.shape), padding="circular")
+
     def signal_shape(self, dictionary: Tensor) -> tuple[int, ...]:
         return self.shape
 
     def spectrum(self, dictionary: Tensor) -> Tensor:
-        """The Fourier transforms of the atoms: (n, *frequencies)."""
-        return torch.fft.rfftn(self.filters(dictionary), s=self.shape, dim=self.axes)
+        """The Fourier transforms of the atoms, each around the origin: (n, *frequencies)."""
+        room = [length for n, k in zip(reversed(self.shape), reversed(self.size)) for length in (0, n - k)]
+        kernels = torch.nn.functional.pad(self.filters(dictionary), room)
+        return torch.fft.rfftn(kernels.roll([-c for c in self.centre], self.axes), dim=self.axes)
 
     def apply(self, dictionary: Tensor, code: Tensor) -> Tensor:
         products = self.spectrum(dictionary) * torch.fft.rfftn(code, dim=self.axes)
@@ -100,11 +109,11 @@ class CircularSynthesis(Synthesis):
         return self.pieces(signal, energy.argmax(1))
 
     def pieces(self, signal: Tensor, place: Tensor) -> Tensor:
-        """The window of every signal that starts at the flat index `place` (batch,): (batch, prod(size))."""
+        """The window of every signal around the flat index `place` (batch,): (batch, prod(size))."""
         index = torch.zeros(len(signal), *[1] * len(self.shape), dtype=torch.long, device=signal.device)
         stride = 1
         for axis in reversed(range(len(self.shape))):
-            start = (place // stride) % self.shape[axis]
+            start = (place // stride) % self.shape[axis] - self.centre[axis]
             along = torch.arange(self.size[axis], device=signal.device)
             along = along.reshape([-1 if a == axis else 1 for a in range(len(self.shape))])
             index = index + stride * ((start.reshape(-1, *[1] * len(self.shape)) + along) % self.shape[axis])
