@@ -244,7 +244,7 @@ def test_trained_networks_are_certified(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", SELECTING)
 def test_published_support_selection_is_refused_with_the_reason(variant):
-    with pytest.raises(NotCertifiable, match="discontinuous.*no Lipschitz constant exists"):
+    with pytest.raises(NotCertifiable, match=r"discontinuous.*no Lipschitz constant exists"):
         fm.certify(lista(dictionary(), 3, variant))
 
 

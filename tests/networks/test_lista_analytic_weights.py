@@ -87,7 +87,7 @@ def test_atoms_need_no_unit_norm(scale):
 
 def energy_by_kkt(D):
     """The optimum of each column's quadratic programme from its linear optimality system."""
-    m, n = D.shape
+    m = len(D)
     total, gram = 0.0, D @ D.T
     for d in D.T:
         system = torch.zeros(m + 1, m + 1, dtype=D.dtype)
@@ -106,7 +106,7 @@ def test_rank_deficient_tall_and_ill_conditioned_dictionaries():
         W = analytic_weights(matrix)
         projector = torch.linalg.pinv(matrix) @ matrix
         torch.testing.assert_close(W.T @ matrix, projector / projector.diag()[:, None], atol=1e-11, rtol=0)
-    U, s, V = torch.linalg.svd(D, full_matrices=False)
+    U, _, V = torch.linalg.svd(D, full_matrices=False)
     ill = U * torch.logspace(0, -9, 8, dtype=D.dtype) @ V
     W, C = analytic_weights(ill, regularisation=1e-4), analytic_whitening(ill, regularisation=1e-4)
     assert ((W * ill).sum(0) - 1).abs().max() < 1e-10 and W.abs().max() < 1e4
