@@ -3,7 +3,9 @@
 from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights, analytic_whitening
 from firmly.networks.beyond_depth import beyond_depth
+from firmly.networks.check_unrolled import check_unrolled, project, read_tensors
 from firmly.networks.descent import descend
+from firmly.networks.ista_net import IstaNet, IstaNetPlus
 from firmly.networks.learned_tv import learned_tv, tv_objective
 from firmly.networks.lista import lista
 from firmly.networks.sparse_network import SparseNetwork
@@ -11,16 +13,21 @@ from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import Unrolled, unroll
 
 __all__ = [
+    "IstaNet",
+    "IstaNetPlus",
     "Selection",
     "SparseNetwork",
     "Unrolled",
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
+    "check_unrolled",
     "descend",
     "in_metric",
     "learned_tv",
     "lista",
+    "project",
+    "read_tensors",
     "tv_objective",
     "unroll",
 ]
