@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from firmly.errors import SettingsError
-from firmly.lab.experiments import deblur, denoise, inpaint, mri
+from firmly.lab.experiments import deblur, denoise, inpaint, meg, mri
 from firmly.lab.reconstruction import Experiment
 from firmly.lab.settings import nearest
 from firmly.lab.study import Study
@@ -13,6 +13,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     denoise.EXPERIMENT,
     inpaint.EXPERIMENT,
     mri.EXPERIMENT,
+    meg.STUDY,
 )
 
 

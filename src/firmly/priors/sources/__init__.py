@@ -5,6 +5,7 @@ of unit variance: data and gain are whitened first, with `whitener`.
 """
 
 from firmly.priors.sources.gamma_map import gamma_map
+from firmly.priors.sources.group_lista import GroupLista
 from firmly.priors.sources.localisation import localisation_error, peaks, spatial_dispersion
 from firmly.priors.sources.minimum_norm import MinimumNorm
 from firmly.priors.sources.mixed_norm import Estimate, mixed_norm, reweighted_mixed_norm
@@ -12,6 +13,7 @@ from firmly.priors.sources.source_model import SourceModel, whitener
 
 __all__ = [
     "Estimate",
+    "GroupLista",
     "MinimumNorm",
     "SourceModel",
     "gamma_map",
