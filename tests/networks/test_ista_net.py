@@ -63,7 +63,7 @@ def test_forward_and_symmetry_are_the_formulas(kind: type[IstaNet], constrained:
     net.eval()(y)
     with pytest.raises(ConditionError, match="training mode"):
         net.symmetry()
-    assert float(net.phases[0].step) == pytest.approx(0.5) and float(net.phases[0].prior.weight) == pytest.approx(0.01)
+    assert net.phases[0].step.item() == pytest.approx(0.5) and net.phases[0].prior.weight.item() == pytest.approx(0.01)
 
 
 def test_gradients_reach_everything() -> None:
