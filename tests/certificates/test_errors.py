@@ -72,7 +72,7 @@ def assert_within(symbols, exact: list[mpmath.matrix], block: int = 0):
         assert float(error) <= 1e-9 * (1 + float(value.abs().max()))
 
 
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("averaged", [False, True], ids=["open", "averaged"])
 @pytest.mark.parametrize("seed", range(4))
 def test_errors_of_dense_sweeps(seed, averaged):
     generator = torch.Generator().manual_seed(seed)
@@ -95,11 +95,11 @@ def test_errors_of_dense_sweeps(seed, averaged):
             for m in known.values()
         }
         exact = exact_rows(system, lambda m: table[id(m)], averaged)
-        blocks = sweep(system, DenseBasis(), averaged)
+        blocks = sweep(system, DenseBasis(), "averaged" if averaged else "open")
         assert_within([*blocks.rows, blocks.output], exact)
 
 
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("averaged", [False, True], ids=["open", "averaged"])
 def test_errors_of_fourier_sweeps(averaged):
     """Convolutions, their adjoints and a resolvent on six frequencies, with exact waves."""
     n = 6
@@ -114,7 +114,7 @@ def test_errors_of_fourier_sweeps(averaged):
         return x
 
     system = system_of(Net(forward, C, R), (1, n))
-    blocks = sweep(system, FourierBasis((n,)), averaged)
+    blocks = sweep(system, FourierBasis((n,)), "averaged" if averaged else "open")
     family = Family(system, FourierBasis((n,)))
     with mpmath.workdps(40):
         for f in range(n // 2 + 1):
@@ -130,7 +130,7 @@ def test_errors_of_fourier_sweeps(averaged):
             exact = exact_rows(system, symbol, averaged)
             assert_within([*blocks.rows, blocks.output], exact, f)
             # blocks that were merged are covered by the errors of the one that stands for them
-            merged = family.blocks(torch.arange(len(family)), averaged)
+            merged = family.blocks(torch.arange(len(family)), "averaged" if averaged else "open")
             assert any(
                 all(
                     mpmath.sqrt(sum(abs(x) ** 2 for x in as_exact(s.value[b].detach()) - row)) <= float(s.error[b])

@@ -110,7 +110,7 @@ def averagedness(
     chain = represented(Recentred(net, wrt, 0.0, shapes), wrt)[1]
     alphas = {"composition": math.inf, "expansion": math.inf}
     try:
-        weights, slopes = layers(chain.blocks(torch.arange(len(chain))))
+        weights, slopes = layers(chain.blocks(torch.arange(len(chain)), "closed"))
         alphas = {"composition": composed_alpha(weights, slopes), "expansion": expansion_alpha(weights, slopes)}
     except NotCertifiable:
         pass

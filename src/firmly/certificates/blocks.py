@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from firmly.linear.basis import Basis
 from firmly.linear.symbol import Symbol, meet
 from firmly.prox.prior import Slope
 
+Form = Literal["open", "closed", "averaged"]
+
 
 @dataclass
 class Blocks:
     """`z_i = Z_i (d, v)` and `output = O (d, v)` on every block; columns are ordered d, v_1, v_2, ...
 
-    In the averaged form (`sweep(..., averaged=True)`) the columns are (d, q) instead, with v_i = (a+b)/2 z_i +
-    (b-a)/2 q_i and |q_i| <= |z_i|.
+    In the form "open" z_i has v_i among its own columns where there is a loop. In the form "closed" a loop is one
+    nonlinearity of what enters it. In the form "averaged", also of closed loops, the columns are (d, q) instead, with
+    v_i = (a+b)/2 z_i + (b-a)/2 q_i and |q_i| <= |z_i|.
     """
 
     system: System
@@ -32,17 +36,18 @@ class Blocks:
     separable: list[bool]
     rows: list[Symbol]  # Z_i
     output: Symbol
+    form: Form = "open"
 
     @property
     def width(self) -> int:
         return self.columns[-1].stop if self.columns else self.inputs[-1].stop
 
-    def parts(self, averaged: bool = False) -> Iterator[Blocks]:
-        """These blocks as one piece, as they are or in the averaged form."""
-        yield sweep(self.system, self.basis, averaged=True) if averaged else self
+    def parts(self, form: Form = "open") -> Iterator[Blocks]:
+        """These blocks as one piece, in a form."""
+        yield self if form == self.form else sweep(self.system, self.basis, form)
 
 
-def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
+def sweep(system: System, basis: Basis, form: Form = "open") -> Blocks:
     """Propagate symbols through the graph, once; raises `NotDiagonal` if some map is not diagonal in the basis."""
     values: list[Symbol] = []
     inputs: list[slice] = []
@@ -72,12 +77,17 @@ def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
         else:
             z = values[node.parent]
             columns.append(slice(width, width + basis.channels(node.shape)))
-            slopes.append(node.slope)
-            separable.append(node.structure in ("separable", "channel"))
-            rows.append(z)
             width = columns[-1].stop
             v = unit(basis, columns[-1])
-            if averaged:
+            loop = node.loop if form == "open" else None
+            if loop is not None:
+                symbol = loop.map.symbol(basis)
+                coordinates.looped(symbol, node.parent)
+                z = padded(z, width) + untagged(symbol) @ v
+            slopes.append(node.slope if loop is None else loop.slope)
+            separable.append((node if loop is None else loop).structure in ("separable", "channel"))
+            rows.append(z)
+            if form == "averaged":
                 low, high = float(node.slope.low), float(node.slope.high)
                 v = scaled(v, (high - low) / 2)
                 if high + low != 0:
@@ -91,7 +101,7 @@ def sweep(system: System, basis: Basis, averaged: bool = False) -> Blocks:
     output = real_if_close(padded(values[system.output], width))
     if not all(bool(symbol.value.isfinite().all()) for symbol in [*rows, output]):
         raise NotCertifiable("the network has weights that are not finite numbers, or so large that they overflow")
-    return Blocks(system, basis, inputs, columns, slopes, separable, rows, output)
+    return Blocks(system, basis, inputs, columns, slopes, separable, rows, output, form)
 
 
 class Coordinates:
@@ -120,6 +130,12 @@ class Coordinates:
         cell = self.find(parent)
         self.names[cell] = symbol.columns if self.names[cell] is None else meet(self.names[cell], symbol.columns)
         self.add(symbol.rows)
+
+    def looped(self, symbol: Symbol, parent: int) -> None:
+        """A map from a value to itself, for which it has to be in the coordinates of the map."""
+        if symbol.rows is not None or symbol.columns is not None:
+            cell, name = self.find(parent), meet(symbol.rows, symbol.columns)
+            self.names[cell] = name if self.names[cell] is None else meet(self.names[cell], name)
 
     def joined(self, values: list[int]) -> None:
         first = self.find(values[0])

@@ -53,19 +53,26 @@ def centre_and_radius(slopes: tuple[float, float]) -> tuple[float, float]:
 
 
 def forward_multipliers(found: Layers) -> Tensor:
-    """One factor per layer, for any connections: S is kept factored over the variables that later layers still see."""
+    """One factor per layer, for any connections: S is kept factored over the variables that later layers still see.
+
+    The factor of a loop is that of its outer view, slopes [0, h] of what enters it, over b / h: with slopes [0, b]
+    inside, its own constraint is then at least as strong (docs/theory/loops).
+    """
     last_use = {j: i for i, row in enumerate([*found.rows, found.output]) for j in row}
     M, alive, nu = identity_blocks(found, 1.0), list(range(found.inputs)), []
-    for i, (row, slopes) in enumerate(zip(found.rows, found.slopes)):
+    for i, (row, slopes) in enumerate(zip(found.rows, found.outer)):
         v = found.inputs + i
         factor = factorise(dict(M), alive)
         q = 0.0
-        if factor is not None and row:
-            Y = factor.solve({j: full(block, found.sizes[v]).value[0].mH for j, block in row.items()})
+        seen = {j: full(block, found.sizes[v]).value[0].mH for j, block in row.items() if j != v}
+        if factor is not None and seen:
+            Y = factor.solve(seen)
             Q = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
             q = float(torch.linalg.eigvalsh(Q)[-1])
         s, r = centre_and_radius(slopes)
         t = (1 - MARGIN**2) / (q * r * (s + r)) if q > 0 else UNSEEN
+        if found.has_loop(i):
+            t *= slopes[1] / found.slopes[i][1]
         nu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
         add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
         alive.append(v)

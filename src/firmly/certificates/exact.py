@@ -37,8 +37,8 @@ def exact_bound(system: System, multipliers: Tensor | None = None, undecided: in
         return signless_bound(found)
     if neurons(found) > undecided or not separable(found):
         raise NotCertifiable(
-            f"the exact constant takes separable nonlinearities and either at most {undecided} neurons or weights "
-            f"whose signs agree, given {neurons(found)} neurons: use method='lipsdp'"
+            f"the exact constant takes separable nonlinearities without loops and either at most {undecided} neurons "
+            f"or weights whose signs agree, given {neurons(found)} neurons: use method='lipsdp'"
         )
     units = Units(layers(system))
     if multipliers is None or multipliers.shape != units.low.shape:
@@ -52,8 +52,9 @@ def neurons(found: Layers) -> int:
 
 
 def separable(found: Layers) -> bool:
-    """Whether every nonlinearity acts entry by entry: only then do slopes describe it."""
-    return all(len(owner) == count for owner, count in zip(found.owner, found.counts))
+    """Whether every nonlinearity acts entry by entry, and none is inside a loop: only then are slopes all there is."""
+    entrywise = all(len(owner) == count for owner, count in zip(found.owner, found.counts))
+    return entrywise and not any(found.has_loop(i) for i in range(len(found.rows)))
 
 
 # -- signs that agree ----------------------------------------------------------------------------------------------

@@ -147,8 +147,11 @@ class Balls:
                 terms = [values[k] * self.scalar(float(c)) for c, k in node.terms]
                 values[i] = sum(terms[1:], terms[0])
             else:
-                rows += values[node.parent].tolist()
+                z = values[node.parent]
                 values[i], column = self.unit(node.shape, column), column + self.basis.channels(node.shape)
+                if node.loop is not None:
+                    z = z + self.symbol(node.loop.map, block) * values[i]
+                rows += z.tolist()
         assert column == width
         return rows, values[self.system.output]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from firmly.certificates.blocks import Blocks, sweep
+from firmly.certificates.blocks import Blocks, Form, sweep
 from firmly.certificates.system import Nonlinear, System
 from firmly.linear.basis import Basis
 from firmly.linear.map import Adjoint, LinearMap
@@ -39,14 +39,14 @@ class Family:
     def __len__(self) -> int:
         return len(self.representatives)
 
-    def blocks(self, index: Tensor, averaged: bool = False) -> Blocks:
+    def blocks(self, index: Tensor, form: Form = "open") -> Blocks:
         """The blocks at some positions of `representatives`."""
-        return sweep(self.system, Selection(self, index), averaged)
+        return sweep(self.system, Selection(self, index), form)
 
-    def parts(self, averaged: bool = False) -> Iterator[Blocks]:
+    def parts(self, form: Form = "open") -> Iterator[Blocks]:
         """All blocks, in pieces."""
         for piece in torch.arange(len(self)).split(max(1, PIECE_ENTRIES // self.block_entries)):
-            yield self.blocks(piece, averaged)
+            yield self.blocks(piece, form)
 
     def search_index(self) -> Tensor:
         """Evenly spread blocks, as many as a search holds at once."""

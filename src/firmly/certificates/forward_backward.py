@@ -86,7 +86,7 @@ def chain(source: Blocks | Family) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The first layer is the entry: z_1 = x_0 with x_0 = M_1 d and b_0 = h d.
     """
-    weights, data, drifts = zip(*(links(blocks) for blocks in source.parts()))
+    weights, data, drifts = zip(*(links(blocks) for blocks in source.parts("closed")))
     beta, gains, drift = torch.cat(weights, 1), torch.cat(data, 1), torch.stack(drifts).amax(0)
     later = gains[1:]
     h = later[int(later.abs().amax(1).argmax())] if len(later) else torch.zeros_like(gains[0])

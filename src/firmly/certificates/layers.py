@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firmly.certificates.system import Input, Linear, Nonlinear, Sum, System
+from firmly.certificates.system import Input, Linear, Sum, System
 from firmly.certificates.torch_maps import Rearrange
 from firmly.errors import NotCertifiable
 from firmly.linear.basis import Dense
-from firmly.linear.map import LinearMap
+from firmly.linear.map import LinearMap, Shape
 from firmly.linear.symbol import Symbol
+from firmly.prox.prior import Structure
 
 # Entries of all matrices of the layers together (float64): half a gigabyte.
 LAYER_ENTRIES = 2**26
@@ -30,8 +31,9 @@ Row = dict[int, Symbol]  # variable -> its matrix; a single number stands for th
 class Layers:
     """`z_i = sum_j rows[i][j] x_j` and `output = sum_j output[j] x_j`; variables x: the inputs, then v_1, v_2, ...
 
-    `owner[i]` gives, for every entry of v_i, its multiplier among those of nonlinearity i: an entry of its own where
-    the nonlinearity is separable, one per pixel where it acts on groups of channels, a single one otherwise.
+    A loop has v_i in its own row, with the slopes and the structure of what is inside. `owner[i]` gives, for every
+    entry of v_i, its multiplier among those of nonlinearity i: an entry of its own where the nonlinearity is separable,
+    one per pixel where it acts on groups of channels, a single one otherwise.
     """
 
     sizes: list[int]  # of all variables
@@ -41,6 +43,10 @@ class Layers:
     output: Row
     slopes: list[tuple[float, float]]
     owner: list[Tensor]
+    outer: list[tuple[float, float]]  # slopes of v_i as a function of all but itself
+
+    def has_loop(self, i: int) -> bool:
+        return self.inputs + i in self.rows[i]
 
     @property
     def counts(self) -> list[int]:
@@ -80,14 +86,19 @@ def layers(system: System, reduced: bool = True) -> Layers:
     rows: list[Row] = []
     slopes: list[tuple[float, float]] = []
     owner: list[Tensor] = []
+    outer: list[tuple[float, float]] = []
+
+    def known(linear_map: LinearMap) -> Symbol:
+        if id(linear_map) not in symbols:
+            symbols[id(linear_map)] = symbol_of(linear_map, basis)
+        return symbols[id(linear_map)]
+
     for node in system.nodes:
         size = math.prod(node.shape)
         if isinstance(node, Input):
             values.append({next(sources): scalar(1.0)})
         elif isinstance(node, Linear):
-            if id(node.map) not in symbols:
-                symbols[id(node.map)] = symbol_of(node.map, basis)
-            symbol = symbols[id(node.map)]
+            symbol = known(node.map)
             values.append({j: after(symbol, block) for j, block in values[node.parent].items()})
         elif isinstance(node, Sum):
             total: Row = {}
@@ -98,16 +109,20 @@ def layers(system: System, reduced: bool = True) -> Layers:
                     total[j] = plus(total[j], block, size) if j in total else block
             values.append(total)
         else:
+            inner = node if node.loop is None else node.loop
             rows.append(dict(values[node.parent]))
-            slopes.append((float(node.slope.low), float(node.slope.high)))
-            owner.append(owners(node))
+            if node.loop is not None:
+                rows[-1][len(sizes)] = known(node.loop.map)
+            slopes.append((float(inner.slope.low), float(inner.slope.high)))
+            outer.append((float(node.slope.low), float(node.slope.high)))
+            owner.append(owners(inner.structure, node.shape))
             values.append({len(sizes): scalar(1.0)})
             sizes.append(size)
     output = dict(values[system.output])
     if not all(bool(b.value.isfinite().all()) for row in [*rows, output] for b in row.values()):
         raise NotCertifiable("the network has weights that are not finite numbers, or so large that they overflow")
     outputs = math.prod(system.nodes[system.output].shape)
-    found = Layers(sizes, len(system.inputs), outputs, rows, output, slopes, owner)
+    found = Layers(sizes, len(system.inputs), outputs, rows, output, slopes, owner, outer)
     if reduced:
         reduce_inputs(found)
         reduce_output(found)
@@ -119,12 +134,12 @@ def layer_entries(system: System) -> int:
     return sum(math.prod(m.domain) * math.prod(m.codomain) for m in system.maps if not is_identity(m))
 
 
-def owners(node: Nonlinear) -> Tensor:
-    size = math.prod(node.shape)
-    if node.structure in ("separable", "channel"):
+def owners(structure: Structure, shape: Shape) -> Tensor:
+    size = math.prod(shape)
+    if structure in ("separable", "channel"):
         return torch.arange(size)
-    if node.structure == "group":
-        return torch.arange(size) % math.prod(node.shape[1:])
+    if structure == "group":
+        return torch.arange(size) % math.prod(shape[1:])
     return torch.zeros(size, dtype=torch.long)
 
 

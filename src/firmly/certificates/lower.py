@@ -17,6 +17,7 @@ from firmly.certificates.pencil import Pencil, pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.signal import arguments
 from firmly.errors import DataError, NotConverged
+from firmly.fixedpoint.equilibrium import finest_equilibria
 from firmly.linear.basis import Singular
 from firmly.linear.norms import krylov_vector
 
@@ -57,7 +58,7 @@ def ascend(net: Network, y: Tensor, start: Tensor, steps: int, deadline: float =
     """Improve a perturbation at fixed radius |start|; stops when two steps gain less than one part in 10^5."""
     radius = float(start.norm())
     with torch.no_grad():
-        origin = net(y)
+        origin = finest(net, y)[0]
     best = measured(net, y, start, origin)
     d, stalled = start, 0
     for _ in range(steps):
@@ -90,14 +91,21 @@ def change_gradient(net: Network, y: Tensor, d: Tensor, origin: Tensor) -> tuple
 def measured(net: Network, y: Tensor, d: Tensor, origin: Tensor | None = None) -> Attack:
     """The change that d causes, with d as the difference of the two inputs in floating point.
 
-    The rounding of the two outputs, a few units of their last place, is taken off the change.
+    The rounding of the two outputs, a few units of their last place, is taken off the change, and what their equilibria
+    are off by.
     """
-    origin = net(y) if origin is None else origin
+    origin = finest(net, y)[0] if origin is None else origin
     moved = y + d
-    actual, output = moved - y, net(moved)
-    rounding = 16 * torch.finfo(output.dtype).eps * float(output.norm() + origin.norm())
+    actual, (output, error) = moved - y, finest(net, moved)
+    rounding = (16 * torch.finfo(output.dtype).eps + 2 * error) * float(output.norm() + origin.norm())
     change, size = max(float((output - origin).norm()) - rounding, 0.0), float(actual.norm())
     return Attack(actual, change, change / size if size > 0 and math.isfinite(change) else 0.0)
+
+
+def finest(net: Network, x: Tensor) -> tuple[Tensor, float]:
+    """The output with equilibria inside as fine as their precision allows, and a bound of their relative errors."""
+    with finest_equilibria() as errors:
+        return net(x), max(errors, default=0.0)
 
 
 def as_function(net: nn.Module, inputs: Mapping[str, Sequence[int]], names: Sequence[str], is_complex: bool) -> Network:
@@ -159,7 +167,7 @@ def lower_bound(
     directions = [wave.reshape(shape) for wave in waves if wave.numel() == origin.numel()]
     directions.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
     trials: list[Attack] = []
-    output = run(origin)
+    output = finest(run, origin)[0]
     for size in SIZES:  # every direction saturated is tried whatever the deadline: there the bracket closes, if it does
         for direction in directions:
             if time.monotonic() > deadline and len(trials) >= len(directions):
@@ -178,7 +186,7 @@ def lower_bound(
     for level in LEVELS:
         with suppress(NotConverged):
             point = level * (1 + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-            there = run(point)
+            there = finest(run, point)[0]
             steps = [1e-4 * level * math.sqrt(d.numel()) * d / d.norm() for d in directions]
             trial = max((measured(run, point, step, there) for step in steps), key=lambda a: a.ratio)
             for length in (6, 30):  # a short ascent, and a long one if that is better already

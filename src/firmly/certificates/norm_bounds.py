@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from firmly.certificates.blocks import Blocks, block_norms
+from firmly.certificates.blocks import Blocks, Form, block_norms
 from firmly.certificates.family import Family
 from firmly.certificates.forward_backward import virtual_bound
 from firmly.linear.symbol import Symbol
@@ -18,7 +18,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def product_bound(source: Blocks | Family) -> float:
     """g_i = |M_i| + sum_j |L_ij| s_j g_j with s_j the steepest slope of R_j: every layer at its own worst."""
-    table, slopes = gain_table(source, averaged=False)
+    table, slopes = gain_table(source, "closed")
     return accumulated(table, [max(abs(float(s.low)), abs(float(s.high))) for s in slopes])
 
 
@@ -29,7 +29,7 @@ def averaged_bound(source: Blocks | Family) -> float:
     norms instead of 2^m; for forward-backward it is the direct bias recursion, and for algorithms on product spaces
     its general form. Derived in docs/theory/averaged.
     """
-    table, slopes = gain_table(source, averaged=True)
+    table, slopes = gain_table(source, "averaged")
     return accumulated(table, [1.0] * len(slopes))
 
 
@@ -42,10 +42,10 @@ def accumulated(table: Tensor, factors: list[float]) -> float:
     return gains[-1]
 
 
-def gain_table(source: Blocks | Family, averaged: bool) -> tuple[Tensor, list[Slope]]:
+def gain_table(source: Blocks | Family, form: Form) -> tuple[Tensor, list[Slope]]:
     """The largest norm over all blocks of every row (z_1, z_2, ..., output) on every source (d, v_1, v_2, ...)."""
     table, slopes = None, []
-    for blocks in source.parts(averaged):
+    for blocks in source.parts(form):
         groups, slopes = [slice(0, blocks.inputs[-1].stop), *blocks.columns], blocks.slopes
         norms = torch.stack([group_norms(row, groups) for row in [*blocks.rows, blocks.output]])
         table = norms if table is None else torch.maximum(table, norms)

@@ -7,6 +7,7 @@ The result is a system in which every map is diagonal. It is looser than the ori
   |A|^2).
 - a self-adjoint map with spectrum in [a, b] (an entrywise product, a resolvent) has slopes [a, b].
 - any other map has |v| <= |A| |z|: slopes [-|A|, |A|].
+- a loop v = R(W v + w) is a nonlinearity of w with the slopes that its monotonicity gives.
 - an input that is seen only through such maps is replaced by their outputs, whose norms |A_k| |d| add up in squares.
 """
 
@@ -125,7 +126,11 @@ class Relaxation:
         parent = self.realised(value, self.old.nodes[node.parent].shape)
         if not self.has_coordinates(node.shape):  # pooling leaves the grid
             raise NotDiagonal(f"a value of shape {node.shape} has no coordinates in the {self.basis.name} basis")
-        return self.new.append(Nonlinear(parent, node.slope, node.structure, node.where, node.shape))
+        loop = node.loop
+        if loop is not None and not self.is_diagonal(loop.map):
+            self.relaxed.append(f"the loop of {node.where} known only by slopes in [0, {slope.high:.4g}]")
+            loop = None
+        return self.new.append(Nonlinear(parent, node.slope, node.structure, node.where, node.shape, loop=loop))
 
     # -- pending terms -----------------------------------------------------------------------------------------
 

@@ -129,11 +129,11 @@ def in_pixels(family: Family, index: int) -> bool:
 
 def averaged_rows(family: Family, reduced: Callable[[Tensor], Tensor]) -> Tensor:
     """|row on d| + sum_j |row on q_j| rho_j in the averaged form, with rho_j as in `averaged_bound`; (channels,)."""
-    table, slopes = gain_table(family, averaged=True)
+    table, slopes = gain_table(family, "averaged")
     ones = [1.0] * len(slopes)
     sizes = [1.0, *(accumulated(table[: i + 1], ones) for i in range(len(slopes)))]
     squares: list[Tensor] = []
-    for blocks in family.parts(averaged=True):
+    for blocks in family.parts("averaged"):
         value, error = blocks.output.value, blocks.output.error
         assert error is not None
         groups = [slice(0, blocks.inputs[-1].stop), *blocks.columns]

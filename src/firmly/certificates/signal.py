@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from firmly.certificates.obstacles import PREFIX, refusal, step_over
+from firmly.certificates.replay import at_point, on_tensors, shapes_of
 from firmly.certificates.running import module_paths
-from firmly.certificates.system import Call, Coefficient, Input, Linear, Nonlinear, Sum, System
+from firmly.certificates.system import Call, Coefficient, Input, Linear, Loop, Nonlinear, Sum, System
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.map import LinearMap
 from firmly.prox.prior import Slope, Structure
@@ -111,14 +112,15 @@ class Signal:
         entries = tuple((coefficient, signal.node) for coefficient, signal in terms)
         return Signal(self.tracer, self.tracer.system.append(Sum(entries, tuple(self.shape[1:]))))
 
-    def nonlinear(self, slope: Slope, structure: Structure = "separable") -> Signal:
+    def nonlinear(self, slope: Slope, structure: Structure = "separable", loop: Loop | None = None) -> Signal:
+        """R(self) with slopes of R as given; or, with a `loop`, its solution, of which they are the outer view."""
         low, high = float(slope[0]), float(slope[1])
         if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
             raise self.tracer.refuse(f"a nonlinearity with slopes in [{low}, {high}]")
         call = None
-        if self.value is not None and self.tracer.running is not None:
+        if self.value is not None and self.tracer.running is not None and loop is None:
             call = Call(*self.tracer.running, self.value)
-        node = Nonlinear(self.node, Slope(*slope), structure, self.tracer.where(), tuple(self.shape[1:]), call)
+        node = Nonlinear(self.node, Slope(*slope), structure, self.tracer.where(), tuple(self.shape[1:]), call, loop)
         return Signal(self.tracer, self.tracer.system.append(node))
 
     def overwritten(self, value: Signal) -> Signal:
@@ -286,55 +288,6 @@ class Signal:
         if not callable(method):
             raise self.tracer.refuse(f"the attribute '{name}' of a traced value")
         return lambda *args, **kwargs: Signal.__torch_function__(method, (Signal,), (self, *args), kwargs)
-
-
-def at_point(result: Any, signals: list[Signal], function: Callable, args: tuple, kwargs: dict) -> Any:
-    """The result of a recorded operation, with its value if the values of all traced arguments are known."""
-    parts = result if isinstance(result, tuple) else (result,)
-    if any(signal.value is None for signal in signals):
-        for part in parts:
-            part.value = None
-        return result
-
-    def valued(tree: Any) -> Any:
-        if isinstance(tree, Signal):
-            assert tree.value is not None
-            return tree.value.clone()  # the operation may be in place
-        if type(tree) in (tuple, list):
-            return type(tree)(valued(item) for item in tree)
-        return {key: valued(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
-
-    values = function(*valued(args), **valued(kwargs))
-    for part, value in zip(parts, values if isinstance(result, tuple) else (values,), strict=True):
-        part.value = value
-    return result
-
-
-def on_tensors(function: Callable, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
-    """What the function gives for tensors of these shapes, without computing it where torch can tell the shape."""
-
-    def replaced(tree: Any, device: str) -> Any:
-        if isinstance(tree, Signal):
-            return torch.zeros(tree.shape, dtype=dtype, device=device)
-        if isinstance(tree, Tensor):
-            return tree.detach().to(device)
-        if type(tree) in (tuple, list):
-            return type(tree)(replaced(item, device) for item in tree)
-        if isinstance(tree, dict):
-            return {key: replaced(item, device) for key, item in tree.items()}
-        return tree
-
-    with torch.no_grad():
-        try:
-            return function(*replaced(args, "meta"), **replaced(kwargs, "meta"))
-        except (RuntimeError, NotImplementedError):  # selections by a mask have no shape without their values
-            return function(*replaced(args, "cpu"), **replaced(kwargs, "cpu"))
-
-
-def shapes_of(result: Any) -> list[tuple[int, ...] | None]:
-    """The shapes of a value or of several; None for what has none."""
-    parts = result if isinstance(result, (tuple, list)) else (result,)
-    return [tuple(part.shape) if isinstance(part, (Signal, Tensor)) else None for part in parts]
 
 
 def signals_in(tree: Any) -> list[Signal]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,22 +99,38 @@ def causal_multipliers(pencil: Pencil) -> Tensor:
         mine = (pencil.owner == j).nonzero().squeeze(1)
         low, high = float(pencil.low[mine[0]]), float(pencil.high[mine[0]])
         centre, radius = 0.5 * (low + high), 0.5 * (high - low)
-        paired = mine[pencil.column[mine] < pencil.width]
-        columns = pencil.column[paired]
+        columns = pencil.column[mine][pencil.column[mine] < pencil.width]
         place = (left.cumsum(0) - 1)[columns]
-        C = -M[:, place[:, None], place]
-        need = max(float(torch.linalg.eigvalsh(C)[:, -1].max()), floor) if len(paired) else floor
+        N = constraint(pencil, mine)[:, left][:, :, left]
+        own = N[:, place[:, None], place]  # the identity where there is no loop
+        need = floor
+        if len(place):
+            stiffness = torch.linalg.eigvalsh(own)[:, 0].clamp(min=1e-12)
+            need = max(float((torch.linalg.eigvalsh(-M[:, place[:, None], place])[:, -1] / stiffness).max()), floor)
         mu[j] = need * max(1.5, 1 + abs(centre) / max(radius, 0.1 * abs(centre), 1e-300))
+        M = M + mu[j] * N
         others = torch.ones(M.shape[1], dtype=torch.bool)
         others[place] = False
         left[columns] = False
-        coupling = M[:, place][:, :, others] - mu[j] * centre * pencil.Z[:, pencil.row[paired]][:, :, left]
-        S = mu[j] * torch.eye(len(paired), dtype=M.dtype) - C
-        M = M[:, others][:, :, others] - coupling.mH @ torch.linalg.solve(S, coupling)
-        if low * high != 0:
-            Z = pencil.Z[:, pencil.row[mine]][:, :, left]
-            M = M + (mu[j] * low * high) * (Z.mH @ Z)
+        coupling = M[:, place][:, :, others]
+        rest = M[:, others][:, :, others]
+        M = rest - coupling.mH @ torch.linalg.solve(M[:, place[:, None], place], coupling)
     return mu
+
+
+def constraint(pencil: Pencil, entries: Tensor) -> Tensor:
+    """sum_e |v|^2 - (a + b) Re <v, z> + a b |z|^2 of some entries with unit multipliers, (blocks, width, width)."""
+    chosen = replace(
+        pencil,
+        O=torch.zeros_like(pencil.O[:, :1]),
+        column=pencil.column[entries],
+        row=pencil.row[entries],
+        owner=torch.zeros_like(pencil.owner[entries]),
+        low=pencil.low[entries],
+        high=pencil.high[entries],
+        multipliers=1,
+    )
+    return chosen.matrix(0.0, torch.ones(1, dtype=torch.float64)).detach()
 
 
 def smoothed_newton(pencil: Pencil, mu: Tensor, tolerance: float, deadline: float) -> tuple[Tensor, float]:

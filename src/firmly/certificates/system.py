@@ -1,7 +1,8 @@
 """A traced network: linear maps in interconnection with slope-restricted nonlinearities.
 
-`v_i = R_i(z_i)`, where every `z_i` and the output are linear in earlier `v_j` and in the inputs. The interconnection is
-kept as a graph of its linear maps and not multiplied out, so that a basis can turn it into small blocks later.
+`v_i = R_i(z_i)`, where every `z_i` and the output are linear in earlier `v_j` and in the inputs, and `z_i` in v_i
+itself where there is a loop. The interconnection is kept as a graph of its linear maps and not multiplied out, so that
+a basis can turn it into small blocks later.
 """
 
 from __future__ import annotations
@@ -56,11 +57,22 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """The one v with v = R(map(v) + w), slopes of R in [0, high], as a function of w."""
+
+    map: LinearMap
+    slope: Slope
+    structure: Structure
+
+
+@dataclass(frozen=True)
 class Nonlinear:
     """R(parent), slopes of R in [low, high]; `where` is the module it was found in.
 
     A linear map of norm at most c that is left out of the linear part is also such a block, with slopes [-c, c]. `call`
-    is known if the network was traced around a point.
+    is known if the network was traced around a point. With a `loop`, R is the solution of that loop as a function of
+    parent = w: slope and structure are what is known of it from outside, and a bound may use either view
+    (docs/theory/loops).
     """
 
     parent: int
@@ -69,6 +81,7 @@ class Nonlinear:
     where: str
     shape: Shape
     call: Call | None = None
+    loop: Loop | None = None
 
 
 Node = Input | Linear | Sum | Nonlinear
@@ -93,8 +106,9 @@ class System:
 
     @property
     def maps(self) -> list[LinearMap]:
-        """The distinct linear maps of the graph, in order of appearance."""
-        return list({id(n.map): n.map for n in self.nodes if isinstance(n, Linear)}.values())
+        """The distinct linear maps of the graph, those of loops too, in order of appearance."""
+        closed = (n.loop if isinstance(n, Nonlinear) else n for n in self.nodes)
+        return list({id(n.map): n.map for n in closed if isinstance(n, (Linear, Loop))}.values())
 
     def pruned(self) -> System:
         """The same system without the nodes that do not reach the output."""
@@ -147,6 +161,9 @@ class System:
                 digest.update(repr([float(c) for c, _ in node.terms]).encode())
             elif isinstance(node, Nonlinear):
                 digest.update(repr((float(node.slope.low), float(node.slope.high), node.structure)).encode())
+                if node.loop is not None:
+                    loop = node.loop
+                    digest.update(map_fingerprint(loop.map) + repr((float(loop.slope.high), loop.structure)).encode())
         digest.update(repr((self.output, self.is_complex)).encode())
         return digest.hexdigest()
 

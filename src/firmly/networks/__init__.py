@@ -8,6 +8,7 @@ from firmly.networks.descent import descend
 from firmly.networks.ista_net import IstaNet, IstaNetPlus
 from firmly.networks.learned_tv import learned_tv, tv_objective
 from firmly.networks.lista import lista
+from firmly.networks.monotone import MonotoneLayer
 from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import Unrolled, unroll
@@ -15,6 +16,7 @@ from firmly.networks.unroll import Unrolled, unroll
 __all__ = [
     "IstaNet",
     "IstaNetPlus",
+    "MonotoneLayer",
     "Selection",
     "SparseNetwork",
     "Unrolled",
