@@ -79,38 +79,6 @@ class Factor:
                     B[j] = B[j] - L @ Y[i] if j in B else -L @ Y[i]
         return Y
 
-    def log_determinant(self) -> float:
-        """log det M."""
-        return 2 * sum(float(L.diagonal().log().sum()) for L in self.diagonal.values())
-
-    def inverse(self) -> Tensor:
-        """M^-1 as one matrix, variables in ascending order; for an elimination in ascending or descending order.
-
-        With K = L_ji L_ii^-1 the columns of variable i in the rows of those eliminated after it are -M^-1 K, and its
-        diagonal block is (L_ii L_ii^H)^-1 + K^H M^-1 K (K. Takahashi, J. Fagan, M.-S. Chin, 1973).
-        """
-        sizes = [len(self.diagonal[i]) for i in range(len(self.order))]
-        first = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        whole = self.diagonal[0].new_zeros(first[-1], first[-1])
-        descending = self.order[0] > self.order[-1]
-        for i in reversed(self.order):
-            mine = slice(first[i], first[i + 1])
-            later = slice(0, first[i]) if descending else slice(first[i + 1], None)
-            root = torch.linalg.solve_triangular(
-                self.diagonal[i], torch.eye(sizes[i], dtype=whole.dtype, device=whole.device), upper=False
-            )
-            block = root.mH @ root
-            couplings = {j: L @ root for j, L in self.below[i].items()}
-            if couplings:
-                columns = torch.stack(
-                    [whole[later, first[j] : first[j + 1]] @ K for j, K in couplings.items()]
-                ).sum(0)
-                whole[later, mine], whole[mine, later] = -columns, -columns.mH
-                for j, K in couplings.items():
-                    block = block - K.mH @ whole[first[j] : first[j + 1], mine]
-            whole[mine, mine] = block
-        return whole
-
     def solve_adjoint(self, Y: Blocks) -> Blocks:
         """L^-H Y, all blocks."""
         X: Blocks = {}
