@@ -76,25 +76,30 @@ def omp(dictionary: Tensor, data: Tensor, sparsity: int | None = None, tolerance
 def _pursue(gram: Tensor, alpha: Tensor, data: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """Support (batch, k) and values (batch, k) from correlations alpha (batch, n), which are overwritten."""
     batch, n = alpha.shape
-    energy = data.square().sum(1)
-    # what is left below this is rounding of the recursion, in energies relative to the signal
-    floor = torch.maximum(energy * (8 * torch.finfo(data.dtype).eps), torch.full_like(energy, tolerance**2))
-    noise = 64 * torch.finfo(data.dtype).eps * energy.sqrt()
-    everyone = torch.arange(batch, device=data.device)
+    eps = torch.finfo(data.dtype).eps
+    left = data.square().sum(1)
+    noise = 64 * eps * left.sqrt()
+    floor = (8 * eps * left).clamp(min=tolerance**2)  # below 8 eps the energy left is rounding of its recursion
     support = torch.full((batch, steps), n, device=data.device)
     factor = torch.eye(steps, dtype=data.dtype, device=data.device).repeat(batch, 1, 1)
     along = data.new_zeros(batch, steps)  # <q_j, y>
     directions = data.new_empty(batch, steps, n)  # D'q_j
-    left = energy.clone()
+    rows = torch.arange(batch, device=data.device)  # the signals that are still worked on
     going = left > floor
     for j in range(steps):
+        if 2 * int(going.sum()) < len(rows):  # the others leave
+            kept = going.nonzero()[:, 0]
+            rows, alpha, left, noise, floor = rows[kept], alpha[kept], left[kept], noise[kept], floor[kept]
+            later, directions = directions, data.new_empty(len(kept), steps, n)
+            directions[:, :j] = later[kept, :j]
+            going = going[kept]
+        if len(rows) == 0:
+            return support[:, :j], _solve(factor[:, :j, :j], along[:, :j])
+        everyone = torch.arange(len(rows), device=data.device)
         strength, chosen = alpha.abs().max(1)
-        going = going & (strength > noise)
         row = directions[everyone, :j, chosen]  # <q_l, d_chosen>
         pivot = (gram[chosen, chosen] - row.square().sum(1)).clamp(min=0)
-        going = going & (pivot > 1e4 * torch.finfo(data.dtype).eps)
-        if not bool(going.any()):
-            return support[:, :j], _solve(factor[:, :j, :j], along[:, :j])
+        going = going & (strength > noise) & (pivot > 1e4 * eps)
         pivot = torch.where(going, pivot.sqrt(), 1.0)
         direction = gram[chosen]
         if j:
@@ -104,10 +109,10 @@ def _pursue(gram: Tensor, alpha: Tensor, data: Tensor, steps: int, tolerance: fl
         alpha.addcmul_(size[:, None], direction, value=-1)
         alpha[everyone[going], chosen[going]] = 0
         directions[:, j] = direction
-        support[:, j] = torch.where(going, chosen, n)
-        factor[:, j, :j] = torch.where(going[:, None], row, 0.0)
-        factor[:, j, j] = pivot
-        along[:, j] = size
+        support[rows, j] = torch.where(going, chosen, n)
+        factor[rows, j, :j] = torch.where(going[:, None], row, 0.0)
+        factor[rows, j, j] = pivot
+        along[rows, j] = size
         left = left - size.square()
         going = going & (left > floor)
     return support, _solve(factor, along)

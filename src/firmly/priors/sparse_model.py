@@ -105,9 +105,9 @@ class SparseModel:
         """The mean of F(z_N(D), D) and its gradient in D, through all steps, the last `through`, or none (0).
 
         With 0 the codes count as constants: the gradient of alternating minimisation, which is exact at z* by the
-        envelope theorem. Far from z* the full gradient is closer to that of min_z F; after many steps its Jacobian is
-        accurate on the support only, and before the support settles errors of the steps multiply. `through` keeps the
-        first effect and bounds the second.
+        envelope theorem. With few steps, while the support is wrong, backpropagation is farther from the gradient of
+        min_z F than that, then nearer; through very many steps rounding and the wrong supports of early steps are
+        multiplied. `through` keeps the last steps, whose support is right.
         Source: Malezieux, Moreau and Kowalski, Understanding approximate and unrolled dictionary learning for pattern
         recovery, 2022.
         """
