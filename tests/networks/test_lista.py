@@ -335,6 +335,7 @@ def test_convolutional_networks_are_certified_in_fourier():
         ({"variant": "cp", "whitening": torch.eye(M)}, "no analytic weights"),
         ({"variant": "cp", "certified": True}, "no interval of certified steps"),
         ({"D": torch.zeros(M, N), "variant": "step"}, "norm zero"),
+        ({"D": torch.ones(M, N, dtype=torch.complex64)}, "is real"),
     ],
 )
 def test_misfit_settings_are_refused(change, text):

@@ -61,6 +61,8 @@ def lista(
         raise SettingsError(f"unknown variant {variant!r}: choose one of {', '.join(get_args(Variant))}")
     if variant in MATRICES:
         require_matrix(D, variant)
+    if D.is_complex:
+        raise SettingsError("the LISTA family is real: write a complex dictionary as a real one of twice the size")
     if depth < 1 or not 0 < weight < float("inf"):
         raise SettingsError(f"depth is at least 1 and the weight positive and finite, given {depth} and {weight}")
     if variant not in SELECTING and selection not in (PUBLISHED, None):
