@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -74,6 +74,7 @@ class Pictures:
 
     items: Sequence[tuple[str, str]]
     caption: str = ""
+    columns: Literal[2, 3] = 3
 
 
 Block = Table | Chart | Pictures

@@ -331,7 +331,7 @@ def recording_section(settings: MegSettings, run: RunFolder, listen: Listener) -
         f"cortices, at "
         "the sides, is expected of sounds. Every picture shows the sources from above, from the left and from the "
         "right.",
-        (Pictures(items, "Brighter and larger is stronger, relative to the strongest source of the method."),),
+        (Pictures(items, "Brighter and larger is stronger, relative to the strongest source of the method.", 2),),
     )
 
 
