@@ -1,4 +1,4 @@
-"""What a claim returns, and the two files written from it: JSON for programs, Markdown for the documentation."""
+"""What a claim returns, and the files written from it: JSON for programs, Markdown and SVG for the documentation."""
 
 from __future__ import annotations
 
@@ -29,9 +29,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A drawing, what it shows in words, and the name of its file after that of the claim."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
 class Result:
     tables: list[Table]
     targets: list[Target] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,16 @@ class Run:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write CLAIM.json and CLAIM.md into the folder; returns their paths."""
+    """Write CLAIM.json, CLAIM.md and CLAIM-NAME.svg for every picture into the folder; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = asdict(run)
     facts.pop("description")
-    contents = {"json": json.dumps(facts, indent=1) + "\n", "md": markdown(run)}
+    facts["result"].pop("pictures")
+    contents = {f"{run.claim}.json": json.dumps(facts, indent=1) + "\n", f"{run.claim}.md": markdown(run)}
+    contents |= {f"{run.claim}-{picture.name}.svg": picture.svg for picture in run.result.pictures}
     paths = []
-    for suffix, content in contents.items():
-        path = folder / f"{run.claim}.{suffix}"
+    for name, content in contents.items():
+        path = folder / name
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(content)
         os.replace(temporary, path)
@@ -71,6 +83,8 @@ def markdown(run: Run) -> str:
         parts.append(
             grid([{"target": t.text, "measured": t.measured, "met": verdict[t.met]} for t in run.result.targets])
         )
+    if run.result.pictures:
+        parts.append("\n".join(f"![{p.caption}]({run.claim}-{p.name}.svg)" for p in run.result.pictures))
     for table in run.result.tables:
         parts += [f"**{table.title}**", grid(table.rows), table.note]
     facts = ", ".join(f"{key} {value}" for key, value in run.machine.items())

@@ -1,0 +1,31 @@
+"""What a claim has measured so far, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import firmly
+from benchmarks.runner.timing import ROOT
+
+ROOMS = ("certificates", "networks", "algorithms", "prox", "linear")
+
+
+class Partial:
+    """Results by key, a line of a file each; void as soon as the library or the file of the claim changes."""
+
+    def __init__(self, claim: Path):
+        package = Path(firmly.__file__).parent
+        files = [path for room in ROOMS for path in sorted((package / room).glob("*.py"))]
+        version = hashlib.sha256(b"".join(path.read_bytes() for path in [*files, claim])).hexdigest()[:12]
+        self.path = ROOT / ".benchmarks" / f"{claim.stem}-{version}.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.known: dict[str, Any] = dict(map(json.loads, lines))
+
+    def keep(self, key: str, value: Any) -> None:
+        self.known[key] = value
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps([key, value]) + "\n")
