@@ -53,7 +53,7 @@ class MegSettings:
     learning_rate: float = 0.01
     blur: float = 0.015
     seeds: int = 6
-    windows: int = 100
+    windows: int = 40
     alpha: float = 40.0
     response: int = 0
     begin: float = 0.06

@@ -11,7 +11,8 @@ from firmly.errors import DataError
 from firmly.priors.sources.source_model import SourceModel
 
 ADDED = 10  # sources that join the working set in a round
-SWEEPS = 2000
+ROUNDS = 200
+LARGEST_NEWTON = 600  # unknowns of a Newton step
 
 
 class Estimate(NamedTuple):
@@ -126,29 +127,72 @@ class _Problem:
         return courses, gap
 
     def _descend(self, work: Tensor, weights: Tensor, penalty: float, courses: Tensor, tol: float) -> Tensor:
-        """Block coordinate descent on the sources in `work` until a sweep changes next to nothing."""
-        count, width = len(work), self.gain.shape[2]
+        """The sources in `work`: sweeps of block coordinate descent that find the active ones, then Newton steps."""
         gain = (self.gain[:, work] * weights[:, None]).flatten(1)
-        gram = gain.mT @ gain
-        blocks = torch.stack([gram[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(count)])
-        steps = (1 / torch.linalg.eigvalsh(blocks)[:, -1]).tolist()
+        lasso = _GroupLasso(gain.mT @ gain, gain.mT @ self.data, self.gain.shape[2], penalty)
         z = (courses / weights[:, None, None]).flatten(0, 1)
-        pull = gain.mT @ self.data - gram @ z
-        for _ in range(SWEEPS):
-            moved = 0.0
-            for i, step in enumerate(steps):
-                rows = slice(i * width, (i + 1) * width)
+        for _ in range(ROUNDS):
+            before = lasso.objective(z)
+            z = lasso.newton(lasso.sweeps(z))
+            if before - lasso.objective(z) <= tol * self.scale:
+                break
+        return z.unflatten(0, (len(work), -1)) * weights[:, None, None]
+
+
+class _GroupLasso:
+    """min_Z 1/2 <Z, Q Z> - <B, Z> + a sum_i |Z_i|_F for Z (sources * orientations, rank): a small working set."""
+
+    def __init__(self, gram: Tensor, target: Tensor, width: int, penalty: float):
+        self.gram, self.target, self.width, self.penalty = gram, target, width, penalty
+        self.count = len(gram) // width
+        blocks = gram.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        self.steps = (1 / torch.linalg.eigvalsh(blocks)[:, -1]).tolist()
+
+    def sizes(self, z: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(z.unflatten(0, (self.count, self.width)), dim=(1, 2))
+
+    def objective(self, z: Tensor) -> float:
+        return float((z * (0.5 * self.gram @ z - self.target)).sum() + self.penalty * self.sizes(z).sum())
+
+    def sweeps(self, z: Tensor, count: int = 10) -> Tensor:
+        z, pull = z.clone(), self.target - self.gram @ z
+        for _ in range(count):
+            for i, step in enumerate(self.steps):
+                rows = slice(i * self.width, (i + 1) * self.width)
                 ahead = z[rows] + step * pull[rows]
                 size = float(torch.linalg.vector_norm(ahead))
-                change = ahead * max(0.0, 1 - step * penalty / size) - z[rows] if size > 0 else -z[rows]
-                length = float(torch.linalg.vector_norm(change))
-                if length > 0:
+                change = ahead * max(0.0, 1 - step * self.penalty / size) - z[rows] if size > 0 else -z[rows]
+                if bool(change.any()):
                     z[rows] += change
-                    pull -= gram[:, rows] @ change
-                    moved = max(moved, length**2 / step)
-            if moved <= tol * self.scale * 1e-2:
-                break
-        return z.unflatten(0, (count, width)) * weights[:, None, None]
+                    pull -= self.gram[:, rows] @ change
+        return z
+
+    def newton(self, z: Tensor) -> Tensor:
+        """One damped Newton step on the sources that are not zero, where the objective is smooth."""
+        sizes = self.sizes(z)
+        on = torch.nonzero(sizes).flatten()
+        rank, block = z.shape[1], self.width * z.shape[1]
+        if not 0 < len(on) * block <= LARGEST_NEWTON:
+            return z
+        rows = (on[:, None] * self.width + torch.arange(self.width)).flatten()
+        gram, active = self.gram[rows][:, rows], z[rows].reshape(len(on), block)
+        slope = gram @ z[rows] - self.target[rows] + self.penalty * (active / sizes[on, None]).reshape(-1, rank)
+        hessian = torch.kron(gram, torch.eye(rank).to(gram)).reshape(len(on), block, len(on), block)
+        way = active / sizes[on, None]
+        eye = torch.eye(block).to(gram)
+        bend = self.penalty / sizes[on, None, None] * (eye - way[:, :, None] * way[:, None])
+        index = torch.arange(len(on))
+        hessian[index, :, index] += bend
+        step, info = torch.linalg.solve_ex(hessian.reshape(len(rows) * rank, -1), -slope.reshape(-1, 1))
+        if int(info) or not bool(torch.isfinite(step).all()):
+            return z
+        start = self.objective(z)
+        for halvings in range(6):
+            trial = z.clone()
+            trial[rows] += 0.5**halvings * step.reshape(-1, rank)
+            if self.objective(trial) < start:
+                return trial
+        return z
 
 
 def _short(window: Tensor) -> tuple[Tensor, Tensor]:
