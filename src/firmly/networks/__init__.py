@@ -1,9 +1,10 @@
 """Networks: algorithms unrolled into layers."""
 
+from firmly.networks.admm_net import AdmmNet
 from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights, analytic_whitening
 from firmly.networks.beyond_depth import beyond_depth
-from firmly.networks.check_unrolled import check_unrolled, project, read_tensors
+from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
 from firmly.networks.descent import descend
 from firmly.networks.ista_net import IstaNet, IstaNetPlus
 from firmly.networks.learned_tv import learned_tv, tv_objective
@@ -12,14 +13,18 @@ from firmly.networks.monotone import MonotoneLayer
 from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import Unrolled, unroll
+from firmly.networks.warm_start import WarmStart
 
 __all__ = [
+    "AdmmNet",
     "IstaNet",
     "IstaNetPlus",
     "MonotoneLayer",
     "Selection",
     "SparseNetwork",
     "Unrolled",
+    "UnrolledCheck",
+    "WarmStart",
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
