@@ -10,7 +10,7 @@ from torch import Tensor
 from firmly.algorithms.algorithm import Algorithm, Condition, Rule, Scalar, convexity, number, positive, positive_rule
 from firmly.linear.algebra import Identity, Scale, Sum
 from firmly.linear.map import LinearMap
-from firmly.linear.monotone import LoopResolvent, monotonicity
+from firmly.linear.monotone import loop_resolvent, monotonicity
 from firmly.prox.prior import Prior
 
 
@@ -79,7 +79,7 @@ class PeacemanRachford(Algorithm):
     def step(self, state: PeacemanRachfordState, y: Tensor, k: int) -> PeacemanRachfordState:
         a = self.step_size
         half = 2.0 * state.v - state.u
-        u = 2.0 * LoopResolvent(self.loop, a)(half + a * y) - half
+        u = 2.0 * loop_resolvent(self.loop, a)(half + a * y) - half
         return PeacemanRachfordState(self.prior.prox(u, a), u)
 
     def read(self, state: PeacemanRachfordState) -> Tensor:

@@ -90,7 +90,7 @@ class LoopResolvent(LinearMap):
         super().__init__(loop.domain, loop.codomain)
         self.loop = loop
         self.hold("step", step if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float64))
-        self._inverse: Memo[tuple[Basis, Tensor]] = loop.__dict__.setdefault("_loop_inverse", Memo())
+        self._inverse: Memo[tuple[Basis, Tensor]] = Memo()
 
     def _apply_map(self, x: Tensor) -> Tensor:
         return self._by_blocks(x, adjoint=False)
@@ -125,3 +125,13 @@ class LoopResolvent(LinearMap):
     def _symbol(self, basis: Basis) -> Symbol:
         eye = basis.identity(self.domain)
         return (eye + (eye + self.loop.symbol(basis).scale(-1.0)).scale(self.step)).inverse()
+
+
+def loop_resolvent(loop: LinearMap, step: float | Tensor) -> LoopResolvent:
+    """`LoopResolvent(loop, step)`, kept on the loop where the step is a number: algorithms ask for it in every step."""
+    if isinstance(step, Tensor):
+        return LoopResolvent(loop, step)
+    made = loop.__dict__.setdefault("_resolvents", {})
+    if step not in made:
+        made[step] = LoopResolvent(loop, step)
+    return made[step]

@@ -1,0 +1,146 @@
+"""Monotone layers: the equilibrium, its gradient against finite differences, settings, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from firmly.errors import ConditionError, NotConverged, SettingsError, ShapeError
+from firmly.fixedpoint import Status
+from firmly.linear import Monotone, monotonicity
+from firmly.networks import MonotoneLayer
+from firmly.prox import L1, MCP, ElasticNet
+
+double = {"dtype": torch.float64}
+
+
+def made(*args, **settings) -> MonotoneLayer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = MonotoneLayer(*args, **settings).double()
+        torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def data(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), **double)
+
+
+CASES = {
+    "dense": made(3, 4, 0.5),
+    "dense, forward-backward": made(3, 4, 1.2, splitting="forward-backward"),
+    "soft threshold": made(3, 4, 0.5, prior=L1(torch.nn.Parameter(torch.tensor(0.2, **double)))),
+    "elastic net, 1-D": made(2, 2, 0.7, spatial=(5,), prior=ElasticNet(0.1, 0.4)),
+    "2-D": made(2, 3, 0.6, spatial=(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestEquilibrium:
+    def test_solves_its_equation(self, name):
+        layer = CASES[name]
+        x = data(3, *layer.inputs["data"])
+        z = layer(x).detach()
+        again = layer.prior.prox(layer.loop(z) + layer.input_map(x) + layer.bias)
+        torch.testing.assert_close(again, z, rtol=0, atol=1e-9)
+        solution = layer.solve(x)
+        assert solution.status is Status.CONVERGED and solution.residual <= torch.finfo(torch.float64).eps ** 0.75
+        torch.testing.assert_close(solution.x, z, rtol=0, atol=1e-9)
+
+    def test_gradients_against_finite_differences(self, name):
+        layer = CASES[name]
+        names = [n for n, _ in layer.named_parameters()]
+        values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+        def run(x, *parameters):
+            return functional_call(layer, dict(zip(names, parameters)), (x,))
+
+        assert torch.autograd.gradcheck(run, (data(2, *layer.inputs["data"]).requires_grad_(), *values), fast_mode=True)
+
+    def test_monotone_for_any_weights(self, name):
+        layer = CASES[name]
+        W = layer.loop.matrix().detach()
+        smallest = float(torch.linalg.eigvalsh(torch.eye(len(W), **double) - 0.5 * (W + W.T))[0])
+        assert smallest >= monotonicity(layer.loop) - 1e-12
+
+    def test_batch_equals_loop(self, name):
+        layer = CASES[name]
+        x = data(3, *layer.inputs["data"])
+        each = torch.cat([layer(x[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(layer(x), each, rtol=0, atol=1e-9)
+
+
+def test_splittings_agree():
+    one, other = made(3, 4, 1.2), made(3, 4, 1.2, splitting="forward-backward")
+    torch.testing.assert_close(one(data(2, 3)), other(data(2, 3)), rtol=0, atol=1e-9)
+
+
+def test_gradient_equals_that_of_many_unrolled_iterations():
+    layer = CASES["dense"]
+    x = data(2, 3).requires_grad_()
+    (implicit,) = torch.autograd.grad(layer(x).square().sum(), x)
+    algorithm, w = layer.algorithm(), layer.input_map(x) + layer.bias
+    state = algorithm.start(w)
+    for k in range(200):
+        state = algorithm.step(state, w, k)
+    (unrolled,) = torch.autograd.grad(algorithm.read(state).square().sum(), x)
+    torch.testing.assert_close(implicit, unrolled, rtol=0, atol=1e-9)
+
+
+def test_single_precision_trains():
+    torch.manual_seed(0)
+    layer = MonotoneLayer(3, 6, 0.5)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    x, target = data(16, 3).float(), data(16, 6).float()
+    losses = []
+    for _ in range(15):
+        loss = (layer(x) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert layer(x).dtype == torch.float32 and losses[-1] < 0.9 * losses[0]
+
+
+def test_what_does_not_converge_is_refused():
+    layer = made(3, 4, 0.5)
+    layer.max_iterations = 3
+    assert layer.solve(data(2, 3)).status is Status.LIMIT
+    with pytest.raises(NotConverged, match=r"the equilibrium was not reached: stopped at the iteration limit.*3 iter"):
+        layer(data(2, 3))
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = CASES["dense"], data(1, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, float("nan"), float("inf")])
+def test_margins_are_positive(margin):
+    with pytest.raises(ConditionError, match="margin"):
+        MonotoneLayer(2, 3, margin)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(SettingsError, match="at least 1"):
+        MonotoneLayer(0, 3)
+    with pytest.raises(SettingsError, match="splitting"):
+        MonotoneLayer(2, 3, splitting="douglas")  # type: ignore[arg-type]
+    with pytest.raises(ConditionError, match="MCP is convex"):
+        made(3, 4, prior=MCP(0.3, 3.0))(data(1, 3))
+    with pytest.raises(ShapeError):
+        CASES["dense"](data(1, 5))
+    dense = CASES["dense"].loop
+    with pytest.raises(ShapeError, match="B maps"):
+        Monotone(dense.A, 0.5, CASES["2-D"].loop.B)
+
+
+def test_a_margin_changed_by_loading_weights_is_seen():
+    """Margins are stored with the weights, so that a solver never goes on with an old inverse."""
+    one, other = made(3, 4, 0.5), made(3, 4, 2.0)
+    other(data(1, 3))
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other(data(1, 3)), one(data(1, 3)))
