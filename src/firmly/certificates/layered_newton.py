@@ -17,17 +17,28 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from firmly.certificates.elimination import Blocks, Factor, elimination_order, output_response, proof_margin
-from firmly.certificates.layers import Layers, image
+from firmly.certificates.layers import Layers
+from firmly.linear.symbol import Symbol
 
 EPSILON = 0.1  # share of the barrier that S and the multipliers have
 REDUCTION = 20.0  # of tau
+CENTRED = 0.5  # decrement below which tau is reduced
 STEPS = 80
 CEILING = 1e6  # times the start: a multiplier that nothing limits would grow for ever
+
+
+class Grams(NamedTuple):
+    """Products of all [e, z] with all [e, z] through a symmetric matrix; `zv[s, t]` belongs to z_s and e_t."""
+
+    vv: Tensor
+    zv: Tensor
+    zz: Tensor
 
 
 @dataclass
@@ -72,7 +83,7 @@ def follow_central_path(found: Layers, rho: float, nu: Tensor, tolerance: float,
         point = moved
         if point.required < best.rho:
             best.rho, best.nu = point.required, point.y[1:] / point.y[0]
-        if length >= 0.5 and decrement < 0.1 * problem.parameter:
+        if length >= 0.5 and decrement < CENTRED:
             if share <= tolerance:
                 best.finished = True
                 break
@@ -108,7 +119,7 @@ class CentralPath:
         root, failed = torch.linalg.cholesky_ex(torch.eye(len(R), dtype=R.dtype) - R / rho)
         if int(failed):
             return None
-        interior = self.variables * math.log(rho) + factor.log_determinant() + float(y[1:].log().sum())
+        interior = self.variables * math.log(rho) + log_determinant(factor) + float(y[1:].log().sum())
         barrier = -2 * float(root.diagonal().log().sum()) - EPSILON * interior
         return Point(y, factor, Y, root, float(torch.linalg.eigvalsh(R)[-1]), barrier)
 
@@ -138,34 +149,34 @@ class CentralPath:
     def derivatives(self, point: Point) -> tuple[Tensor, Tensor]:
         """Gradient and Hessian of the barrier in (rho, mu), scaled by (rho, mu).
 
-        With P = S^-1 and T T' = S^-1 O' (I - R)^-1 O S^-1 the first derivatives of -log det(I - R) are -tr(T' A_s T) and
-        its second ones 2 tr(T T' A_s P A_t) + tr(T T' A_s T T' A_t); those of -log det S are -tr(P A_s) and
-        tr(P A_s P A_t).
+        With P = S^-1 and T T' = S^-1 O' (I - R)^-1 O S^-1, the derivatives of -log det(I - R) are -tr(T' A_s T) and
+        2 tr(T T' A_s P A_t) + tr(T T' A_s T T' A_t); those of -log det S are -tr(P A_s) and tr(P A_s P A_t).
         """
         rho, n = float(point.y[0]), sum(self.found.sizes[: self.found.inputs])
         X = point.factor.solve_adjoint(point.Y)
         T = torch.cat([X[i] for i in range(len(self.found.sizes))]) / rho
         T = torch.linalg.solve_triangular(point.root, T.mT, upper=False).mT
-        P = point.factor.inverse() / rho
+        P = inverse(point.factor) / rho
         ZP, ZT = self.seen(P), self.seen(T)
-        inner = Grams(P[n:, n:], ZP[:, n:], self.seen(ZP.mT[:, :].contiguous()).mT)
+        inner = Grams(P[n:, n:], ZP[:, n:], self.seen(ZP.mT).mT)
         outer = Grams(T[n:] @ T[n:].mT, ZT @ T[n:].mT, ZT @ ZT.mT)
         both = Grams(*(EPSILON * a + 2 * b for a, b in zip(inner, outer)))
         entries = self.traces(inner, both)
         entries = 0.5 * (entries + entries.mT) + self.traces(outer, outer)
 
         Pd, ZPd, Td = P[n:, :n], ZP[:, :n], T[:n]  # seen from the inputs, whose coefficient is rho
-        weight = EPSILON * torch.eye(n, dtype=P.dtype) + 2 * Td @ Td.mT
-        coupling = self.contract(Pd @ weight, ZPd @ weight, Pd, ZPd)
         square = Td.mT @ Td
-        coupling = coupling + self.contract(T[n:] @ square, ZT @ square, T[n:], ZT)
-        corner = (P[:n, :n] @ weight * P[:n, :n]).sum() + (square * square).sum()
+        coupling = EPSILON * self.contract(Pd, ZPd, Pd, ZPd) + self.contract(
+            2 * Pd @ Td + T[n:] @ square, 2 * ZPd @ Td + ZT @ square, T[n:], ZT
+        )
+        Pdd = P[:n, :n]
+        corner = EPSILON * (Pdd * Pdd).sum() + 2 * (Pdd @ Td * Td).sum() + (square * square).sum()
 
         slope = self.contract(T[n:], ZT, T[n:], ZT)
         slope = slope + EPSILON * (
             inner.vv.diagonal() - 2 * self.half * inner.zv.diagonal() + self.product * inner.zz.diagonal()
         )
-        first = EPSILON * P[:n, :n].diagonal().sum() + (Td * Td).sum()
+        first = EPSILON * Pdd.diagonal().sum() + (Td * Td).sum()
         gradient = -torch.cat([first[None], self.collected(slope)]) * point.y
         gradient[1:] -= EPSILON
         hessian = torch.empty(len(point.y), len(point.y), dtype=P.dtype)
@@ -208,16 +219,40 @@ class CentralPath:
         return entries.new_zeros(shape).index_add(0, self.owner, entries)
 
 
-class Grams(tuple):
-    """Products of all [e, z] with all [e, z]; `zv[s, t]` belongs to z_s and e_t."""
+def inverse(factor: Factor) -> Tensor:
+    """M^-1 as one matrix, variables in ascending order, from an elimination in ascending or in descending order.
 
-    def __new__(cls, vv: Tensor, zv: Tensor, zz: Tensor):
-        return super().__new__(cls, (vv, zv, zz))
+    With K = L_ji L_ii^-1, the columns of variable i in the rows of those eliminated after it are -M^-1 K, and its
+    diagonal block is (L_ii L_ii')^-1 + K' M^-1 K (K. Takahashi, J. Fagan, M.-S. Chin, PICA 1973).
+    """
+    sizes = [len(factor.diagonal[i]) for i in range(len(factor.order))]
+    first = starts([*sizes, 0])
+    whole = factor.diagonal[0].new_empty(first[-1], first[-1])
+    for i in reversed(factor.order):
+        mine = slice(first[i], first[i + 1])
+        later = slice(first[i]) if factor.order[0] > factor.order[-1] else slice(first[i + 1], None)
+        identity = torch.eye(sizes[i], dtype=whole.dtype, device=whole.device)
+        root = torch.linalg.solve_triangular(factor.diagonal[i], identity, upper=False)
+        block = root.mT @ root
+        columns = whole.new_zeros(whole[later].shape[0], sizes[i])
+        couplings = [(slice(first[j], first[j + 1]), L @ root) for j, L in factor.below[i].items()]
+        for other, K in couplings:
+            columns -= whole[later, other] @ K
+        whole[later, mine], whole[mine, later] = columns, columns.mT
+        for other, K in couplings:
+            block -= K.mT @ whole[other, mine]
+        whole[mine, mine] = block
+    return whole
 
-    vv = property(lambda self: self[0])
-    zv = property(lambda self: self[1])
-    zz = property(lambda self: self[2])
+
+def log_determinant(factor: Factor) -> float:
+    return 2 * sum(float(L.diagonal().log().sum()) for L in factor.diagonal.values())
 
 
 def starts(counts: list[int]) -> list[int]:
     return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def image(block: Symbol, x: Tensor) -> Tensor:
+    """The block times x; a single number is that multiple of the identity."""
+    return block.value[0, 0, 0] * x if block.value.numel() == 1 else block.value[0] @ x

@@ -4,7 +4,7 @@ With the multipliers divided by rho, mu = rho nu, the inequality is rho >= lambd
 rows of the output and S(nu) = M(1, nu) without the output: a convex function of nu on the set where S(nu) is positive
 definite. It is minimised as a smooth function of log nu by L-BFGS, with one multiplier per layer first. Function and
 gradient come from one factorisation of S block by block, which for a chain costs as much as a few products of its
-layers, and no matrix is larger than a layer.
+layers, and no matrix is larger than a layer. Newton's method follows, where there are not too many multipliers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from firmly.certificates.eclipse import eclipse_multipliers
 from firmly.certificates.elimination import SMALLEST, elimination_order, output_response, proof_margin
+from firmly.certificates.layered_newton import follow_central_path, image
 from firmly.certificates.layers import Layers
-from firmly.linear.symbol import Symbol
 
 MEMORY = 20  # pairs of L-BFGS
+NEWTON = 1500  # multipliers up to which a matrix with a row for each is factored
+ROUGH = 0.1  # tolerance of L-BFGS before Newton's method
 LONGEST = 2.0  # step in log nu: a factor of about seven
 
 
@@ -35,22 +37,33 @@ class LayeredResult:
 
 
 def lipsdp_multipliers(found: Layers, tolerance: float = 1e-4, budget_s: float = 60.0) -> LayeredResult:
-    """Multipliers with a rho within about `tolerance` of the optimum, or the best that the time allows."""
+    """Multipliers with a rho within about `tolerance` of the optimum, or the best that the time allows.
+
+    Newton's method starts where L-BFGS becomes slow, and where a deep network makes it slow in turn, L-BFGS goes on
+    from there.
+    """
     deadline = time.monotonic() + budget_s
     rho, start = eclipse_multipliers(found)
     if not SMALLEST < rho < math.inf or found.multipliers == 0:
         return LayeredResult(rho, rho * start, 0)
+    rough = max(ROUGH, tolerance)
     coarse = replace(found, owner=[torch.zeros_like(o) for o in found.owner])
     first = torch.tensor([0, *found.counts[:-1]]).cumsum(0)
     search = Search(coarse, start[first], time.monotonic() + 0.3 * budget_s)
-    search.run(0.2 if coarse.multipliers < found.multipliers else tolerance)
-    evaluations = search.evaluations
-    start = torch.repeat_interleave(search.best_nu, torch.tensor(found.counts))
-    if coarse.multipliers < found.multipliers:
-        search = Search(found, start, deadline)
+    search.run(2 * rough)
+    nu, evaluations = torch.repeat_interleave(search.best_nu, torch.tensor(found.counts)), search.evaluations
+    search = Search(found, nu, deadline)
+    if found.multipliers > NEWTON:
         search.run(tolerance)
-        evaluations += search.evaluations
-    return LayeredResult(search.best, search.best * search.best_nu, evaluations)
+        return LayeredResult(search.best, search.best * search.best_nu, evaluations + search.evaluations)
+    while True:
+        search.run(rough)
+        path = follow_central_path(found, search.best, search.best_nu, tolerance, deadline)
+        evaluations += path.steps
+        search.best, search.best_nu = path.rho, path.nu
+        if path.finished or rough <= tolerance or time.monotonic() > deadline:
+            return LayeredResult(path.rho, path.rho * path.nu, evaluations + search.evaluations)
+        rough = max(0.1 * rough, tolerance)
 
 
 class Search:
@@ -128,11 +141,6 @@ class Search:
             z = sum((image(block, X[j]) for j, block in row.items()), torch.zeros_like(v))
             parts.append((((low * z - v) * (v - high * z).conj()).real + self.margin * v.abs().square()).sum(1))
         return math.log(largest) + math.log(total) / p, nu * self.found.collected(parts)
-
-
-def image(block: Symbol, x: Tensor) -> Tensor:
-    """The block times x; a single number is that multiple of the identity."""
-    return block.value[0, 0, 0] * x if block.value.numel() == 1 else block.value[0] @ x
 
 
 def inverse_hessian(pairs: list[tuple[Tensor, Tensor]], gradient: Tensor) -> Tensor:

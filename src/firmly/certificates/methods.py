@@ -11,10 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from firmly.certificates.blocks import sweep
 from firmly.certificates.certificate import Bound
 from firmly.certificates.eclipse import eclipse_multipliers
-from firmly.certificates.elimination import elimination_cost, elimination_order, required_rho
+from firmly.certificates.elimination import elimination_cost, elimination_order
 from firmly.certificates.exact import UNDECIDED, exact_bound, neurons, signs_agree
 from firmly.certificates.family import Family
 from firmly.certificates.layered_proof import layered_gain
@@ -27,9 +26,8 @@ from firmly.certificates.spectral import minimise_rho
 from firmly.certificates.system import System
 from firmly.certificates.verify import certified_gain
 from firmly.errors import NotCertifiable
-from firmly.linear.basis import Dense
 
-NEWTON = 250  # multipliers up to which Newton's method polishes those of LipSDP
+MANY = 250  # multipliers from which 'auto' takes one per layer first, in case the time is short
 EVALUATION = 1e11  # operations of one factorisation of the layers that 'auto' accepts: several seconds
 ENUMERATED = 12  # neurons up to which 'auto' takes the exact constant
 SHARES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5)  # an optimum on the boundary is not proved; a point inside is
@@ -108,32 +106,13 @@ def eclipse(problem: Problem) -> Proof:
 
 
 def lipsdp(problem: Problem) -> Proof:
-    """One multiplier per neuron, searched for layer by layer, and by Newton's method where they are few."""
+    """One multiplier per neuron."""
     started = time.perf_counter()
-    found, tolerance = problem.layers, problem.tolerance
-    polished = None
-    if 0 < found.multipliers <= NEWTON:
-        blocks = sweep(problem.system, Dense(track=False))
-        polished = pencil(blocks, per_channel=True)
-        if polished.multipliers != found.multipliers:  # groups
-            polished = None
-    result = lipsdp_multipliers(found, tolerance if polished is None else 0.01, problem.remaining)
-    rho, mu = result.rho, result.mu
-    if polished is not None and 0 < rho < math.inf:
-        newton = minimise_rho(polished, tolerance, problem.remaining, start=mu)
-        if newton.rho < rho:
-            rho, mu = newton.rho, newton.mu
-    value, best, order = math.inf, mu, elimination_order(found)
-    for share in SHARES if math.isfinite(rho) else ():
-        nu = (1 - share) * mu / rho + share * result.mu / result.rho
-        least = required_rho(found, nu, order)
-        proved = layered_gain(found, least * nu, least)
-        if proved < value:
-            value, best = proved, proved**2 * nu
-        if value <= math.sqrt(rho) * (1 + 0.1 * tolerance):
-            break
-    note = f"{found.multipliers} multipliers, {result.evaluations} factorisations"
-    return Proof(Bound("lipsdp", value, time.perf_counter() - started, note), DENSE, True, best)
+    result = lipsdp_multipliers(problem.layers, problem.tolerance, problem.remaining)
+    value = layered_gain(problem.layers, result.mu, result.rho)
+    note = f"{problem.layers.multipliers} multipliers, {result.evaluations} factorisations"
+    mu = result.mu if math.isinf(value) else value**2 / result.rho * result.mu
+    return Proof(Bound("lipsdp", value, time.perf_counter() - started, note), DENSE, True, mu)
 
 
 def exact(problem: Problem) -> Proof:
@@ -165,7 +144,7 @@ def automatic(problem: Problem) -> Iterator[str]:
         if signs_agree(layers(problem.system, reduced=False)):
             yield "exact"
             return
-        if problem.layers.multipliers > NEWTON:
+        if problem.layers.multipliers > MANY:
             yield "eclipse"
         yield "lipsdp"
         if neurons(problem.layers) <= ENUMERATED:
