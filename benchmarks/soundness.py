@@ -10,8 +10,6 @@ as neither the library nor this file has changed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -25,8 +23,8 @@ from torch import Tensor, nn
 
 import firmly as fm
 from benchmarks.runner.machine import cores
+from benchmarks.runner.partial import Partial
 from benchmarks.runner.results import Result, Table, Target
-from benchmarks.runner.timing import ROOT
 from firmly.certificates import Certificate
 from firmly.certificates.certify import Method
 from firmly.errors import NotCertifiable
@@ -67,26 +65,14 @@ def measure(quick: bool) -> Result:
 
 
 def in_parallel() -> Counter[str]:
-    """The counts of `COUNT` networks, on all cores that this process may use; a line of a file per piece."""
-    path = ROOT / ".benchmarks" / f"soundness-{version()}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = {first: Counter(counts) for first, counts in map(json.loads, lines)}
-    firsts = [first for first in range(0, COUNT, PIECE) if first not in found]
-    with ProcessPoolExecutor(cores(), get_context("spawn"), one_thread) as pool, path.open("a") as file:
+    """The counts of `COUNT` networks, on all cores that this process may use."""
+    partial = Partial(Path(__file__))
+    firsts = [first for first in range(0, COUNT, PIECE) if str(first) not in partial.known]
+    with ProcessPoolExecutor(cores(), get_context("spawn"), one_thread) as pool:
         waiting = {pool.submit(tally, range(first, first + PIECE)): first for first in firsts}
         for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
-            file.write(json.dumps([waiting[done], done.result()]) + "\n")
-            file.flush()
-    return sum(found.values(), Counter())
-
-
-def version() -> str:
-    """A name for what takes part: the sources of certificates, priors and maps, and this file."""
-    package = Path(fm.__file__).parent
-    files = [path for room in ("certificates", "prox", "linear") for path in sorted((package / room).glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in [*files, Path(__file__)])).hexdigest()[:12]
+            partial.keep(str(waiting[done]), done.result())
+    return sum(map(Counter, partial.known.values()), Counter())
 
 
 def one_thread() -> None:
