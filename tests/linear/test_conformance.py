@@ -67,6 +67,7 @@ MAPS: dict[str, LinearMap] = {
     "Diagonal complex": linear.Diagonal(normal(2, 4, 3, dtype=torch.complex128)),
     "Sparse": linear.Sparse(scipy.sparse.random_array((12, 8), density=0.4, rng=0), (2, 4), (12,)),
     "Radon": linear.Radon((1, 6, 5), torch.linspace(0, 3, 5, dtype=torch.float64)),
+    "FilteredRadon": linear.FilteredRadon((1, 6, 5), torch.linspace(0, 3, 5, dtype=torch.float64)),
     "from_scipy operator": linear.from_scipy(
         scipy.sparse.linalg.aslinearoperator(normal(6, 8).numpy()), (2, 4), (1, 6)
     ),

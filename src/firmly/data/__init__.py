@@ -1,10 +1,12 @@
-"""Data that ships with the package (photographs, MEG), random crops, measurement models, checked downloads."""
+"""Data in the package (photographs, MEG, ECG, a sinogram), random crops, measurement models, checked downloads."""
 
 from firmly.data.corruptions import Measurement, column_mask, pixel_mask
 from firmly.data.crops import Crops, centre_crop
 from firmly.data.download import download
 from firmly.data.meg_data import Leadfield, Recording, meg_sample, vectorview
 from firmly.data.photographs import Photograph, catalogue, photographs, read_image
+from firmly.data.recordings import ecg
+from firmly.data.tomography import Sinogram, centre_of_rotation, rebinned, tooth
 
 __all__ = [
     "Crops",
@@ -12,13 +14,18 @@ __all__ = [
     "Measurement",
     "Photograph",
     "Recording",
+    "Sinogram",
     "catalogue",
     "centre_crop",
+    "centre_of_rotation",
     "column_mask",
     "download",
+    "ecg",
     "meg_sample",
     "photographs",
     "pixel_mask",
     "read_image",
+    "rebinned",
+    "tooth",
     "vectorview",
 ]

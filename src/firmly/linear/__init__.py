@@ -11,6 +11,7 @@ from firmly.linear.blur import Blur
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.differences import Cumulative, Differences
+from firmly.linear.filtered_radon import FilteredRadon
 from firmly.linear.fourier_sampling import FourierSampling
 from firmly.linear.gradient import Gradient
 from firmly.linear.gram import is_gram
@@ -36,6 +37,7 @@ __all__ = [
     "DenseBasis",
     "Diagonal",
     "Differences",
+    "FilteredRadon",
     "FourierBasis",
     "FourierSampling",
     "Gradient",
