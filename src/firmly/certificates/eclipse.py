@@ -13,6 +13,8 @@ max(|a|, |b|)^2 k |z|^2. So by induction the bound is at most the product of nor
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,11 +34,15 @@ UNSEEN = 1e100  # for a layer that the input does not reach
 def eclipse_multipliers(found: Layers) -> tuple[float, Tensor]:
     """(rho, nu) with M(rho, rho nu) >= 0 up to rounding: the better of both passes and of their mean."""
     order = elimination_order(found)
-    candidates = [forward_multipliers(found)]
+    rho, nu = forward_multipliers(found)
     if is_chain(found):
         backward = backward_multipliers(found)
-        candidates += [backward, 0.5 * (candidates[0] + backward)]
-    return min(((required_rho(found, nu, order), nu) for nu in candidates), key=lambda pair: pair[0])
+        mean = 0.5 * (nu + backward[1])
+        least = required_rho(found, mean, order)
+        if least <= min(rho, backward[0]):
+            return least, mean
+        rho, nu = min((rho, nu), backward, key=lambda pair: pair[0])
+    return required_rho(found, nu, order), nu
 
 
 def is_chain(found: Layers) -> bool:
@@ -52,52 +58,71 @@ def centre_and_radius(slopes: tuple[float, float]) -> tuple[float, float]:
     return max(centre, MARGIN * size), max(radius, MARGIN * size)
 
 
-def forward_multipliers(found: Layers) -> Tensor:
+def forward_multipliers(found: Layers) -> tuple[float, Tensor]:
     """One factor per layer, for any connections: S is kept factored over the variables that later layers still see.
 
     The factor of a loop is that of its outer view, slopes [0, h] of what enters it, over b / h: with slopes [0, b]
     inside, its own constraint is then at least as strong (docs/theory/loops).
     """
     last_use = {j: i for i, row in enumerate([*found.rows, found.output]) for j in row}
-    M, alive, nu = identity_blocks(found, 1.0), list(range(found.inputs)), []
-    for i, (row, slopes) in enumerate(zip(found.rows, found.outer)):
+    M, alive, nu, rho = identity_blocks(found, 1.0), list(range(found.inputs)), [], math.inf
+    for i, row in enumerate([*found.rows, found.output]):
         v = found.inputs + i
         factor = factorise(dict(M), alive)
-        q = 0.0
-        seen = {j: full(block, found.sizes[v]).value[0].mH for j, block in row.items() if j != v}
-        if factor is not None and seen:
+        if factor is None:
+            break
+        Q, q = None, 0.0
+        size = found.outputs if row is found.output else found.sizes[v]
+        seen = {j: full(block, size).value[0].mH for j, block in row.items() if j != v}
+        if seen:
             Y = factor.solve(seen)
             Q = torch.stack([y.mH @ y for y in Y.values()]).sum(0)
             q = float(torch.linalg.eigvalsh(Q)[-1])
-        s, r = centre_and_radius(slopes)
+        if row is found.output:
+            rho = q
+            break
+        s, r = centre_and_radius(found.outer[i])
         t = (1 - MARGIN**2) / (q * r * (s + r)) if q > 0 else UNSEEN
         if found.has_loop(i):
-            t *= slopes[1] / found.slopes[i][1]
+            t *= found.outer[i][1] / found.slopes[i][1]
         nu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
-        add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
-        alive.append(v)
-        done = [j for j in alive if last_use.get(j, -1) <= i and j != v]
-        if done and factorise(M, done) is None:
-            break
-        alive = [j for j in alive if j not in done]
+        done = [j for j in alive if last_use.get(j, -1) <= i]
+        if Q is not None and done == alive and not found.has_loop(i):
+            M = {(v, v): constrained(Q, t, found.slopes[i])}
+        else:
+            add_constraint(M, found, i, torch.full((found.sizes[v],), t, dtype=torch.float64))
+            if done and factorise(M, done) is None:
+                break
+        alive = [*(j for j in alive if j not in done), v]
     missing = found.counts[len(nu) :]
-    return torch.cat([*nu, torch.ones(sum(missing), dtype=torch.float64)])
+    return rho, torch.cat([*nu, torch.ones(sum(missing), dtype=torch.float64)])
 
 
-def backward_multipliers(found: Layers) -> Tensor:
+def constrained(Q: Tensor, t: float, slopes: tuple[float, float]) -> Tensor:
+    """X = t - s^2 t^2 Q (I + ab t Q)^-1, what v costs at least."""
+    identity = torch.eye(len(Q), dtype=Q.dtype)
+    if slopes[0] * slopes[1]:
+        Q = torch.linalg.solve(identity + slopes[0] * slopes[1] * t * Q, Q)
+        Q = 0.5 * (Q + Q.mH)
+    return t * identity - (0.5 * (slopes[0] + slopes[1]) * t) ** 2 * Q
+
+
+def backward_multipliers(found: Layers) -> tuple[float, Tensor]:
     """One factor per layer of a chain, from the last to the first."""
     O = full(found.output[len(found.rows)], found.outputs).value[0]
     K, mu = O.mH @ O, []
     for i in reversed(range(len(found.rows))):
         s, r = centre_and_radius(found.slopes[i])
-        eigenvalues, U = torch.linalg.eigh(K)
-        eigenvalues = eigenvalues.clamp(min=0)
-        k = float(eigenvalues[-1]) or 1.0
+        k = max(float(torch.linalg.eigvalsh(K)[-1]), 0.0) or 1.0
         t = k * (1 + s / r)
         mu.append(torch.full((found.counts[i],), t, dtype=torch.float64))
         low, high = found.slopes[i]
-        weight = (0.5 * (low + high) * t) ** 2 / (t - eigenvalues) - low * high * t
-        half = weight.clamp(min=0).sqrt()[:, None] * (U.mH @ full(found.rows[i][i], found.sizes[i + 1]).value[0])
+        Z = full(found.rows[i][i], found.sizes[i + 1]).value[0]
+        L = torch.linalg.cholesky(t * torch.eye(len(K), dtype=K.dtype) - K)
+        half = torch.linalg.solve_triangular(L, 0.5 * (low + high) * t * Z, upper=False)
         K = half.mH @ half
+        if low * high:
+            K = K - low * high * t * Z.mH @ Z
     rho = float(torch.linalg.eigvalsh(K)[-1])
-    return torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - MARGIN)
+    nu = torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - MARGIN)
+    return rho * (1 + MARGIN), nu
