@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from firmly.errors import SettingsError
+from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
-from firmly.priors.accelerated import Accelerated
-from firmly.priors.duality import gap_at
+from firmly.priors.accelerated import Accelerated, largest_eigenvalue
+from firmly.priors.active_set import ActiveSet
+from firmly.priors.duality import Gap, gap_at
 from firmly.priors.penalty import Penalty, as_penalty, entries
 from firmly.priors.problem import Problem
 
-PATIENCE = 100  # checks without a smaller gap after which rounding is all that moves
+CHUNK = 512  # problems at a time, so that they stay in the cache
+PATIENCE = 100  # checks without a smaller gap ...
+FLOOR = 1000  # ... that is below so many units of rounding of |y|^2 / 2: rounding is all that moves
 
 
 class SparseCodingStatus(Enum):
@@ -72,41 +76,59 @@ def lasso(
     if max_iterations < 1:
         raise SettingsError(f"max_iterations is at least 1, given {max_iterations}")
     problem = Problem.of(D, y, as_penalty(penalty))
-    z = torch.zeros(len(y), entries(problem.D.domain), dtype=y.dtype, device=y.device)
-    if start is not None:
-        z = problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
-    exact = problem.double()
-    goal = (exact.y.square().sum(1) * (tol / 2)).clamp(min=absolute_tol)
+    z = None if start is None else problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
+    exact = problem.to(torch.float64)
+    largest, gram = largest_eigenvalue(exact), None
+    if isinstance(problem.D, Dense) and problem.penalty.group == 1:
+        atoms = problem.D.weight
+        gram = atoms.mT @ atoms
+    parts = []
+    for rows in torch.arange(len(y), device=y.device).split(CHUNK):
+        part, part64 = problem.rows(rows), exact.rows(rows)
+        first = (
+            torch.zeros(len(rows), entries(problem.D.domain), dtype=y.dtype, device=y.device) if z is None else z[rows]
+        )
+        if gram is not None:
+            solver = ActiveSet(part, first, largest, gram, z is None)
+        else:
+            solver = Accelerated(part, first, 1 / largest)
+        goal = (part64.y.square().sum(1) * (tol / 2)).clamp(min=absolute_tol)
+        parts.append(run(solver, part64, first, goal, max_iterations))
+    code, gap, objective, iterations, stalled, goal = (torch.cat(p) for p in zip(*parts))
+    converged = gap <= goal
+    if bool(converged.all()):
+        status = SparseCodingStatus.CONVERGED
+    elif bool((~converged & ~stalled).any()):
+        status = SparseCodingStatus.LIMIT
+    else:
+        status = SparseCodingStatus.PRECISION
+    return SparseCode(code.unflatten(1, problem.D.domain), gap, objective, converged, iterations, status)
 
+
+def run(solver: Accelerated | ActiveSet, exact: Problem, z: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, ...]:
+    """Advance until every gap is within its goal, stands still, or the limit is reached: the best codes, their gaps,
+    objectives and iterations, and which ones stand still."""
     code, gap, objective = z.clone(), torch.full_like(goal, math.inf), torch.full_like(goal, math.inf)
     iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     stalled = iterations.clone()
+    floor = exact.y.square().sum(1) * (FLOOR / 2 * torch.finfo(z.dtype).eps)
     rows, done = torch.arange(len(z), device=z.device), 0
-    solver = Accelerated(problem, z)
     while True:
-        r = exact.y - exact.apply(z.double())
+        z64 = z.double()
+        r = exact.residual(z64)
         c = exact.correlate(r)
-        found = gap_at(exact.penalty, z.double(), r, c)
+        found = gap_at(exact.penalty, z64, r, c)
         better = found.gap < gap[rows]
         improved = rows[better]
         code[improved], gap[improved], objective[improved] = z[better], found.gap[better], found.objective[better]
         iterations[rows] = done
-        stalled[rows] = torch.where(better, 0, stalled[rows] + 1)
+        stalled[rows] = torch.where(better | (gap[rows] > floor[rows]), 0, stalled[rows] + 1)
         unfinished = (gap[rows] > goal[rows]) & (stalled[rows] < PATIENCE)
-        if done >= max_iterations or not bool(unfinished.any()):
-            break
+        if done >= limit or not bool(unfinished.any()):
+            return code, gap, objective, iterations, stalled >= PATIENCE, goal
         if not bool(unfinished.all()):
             rows, z, c, exact = rows[unfinished], z[unfinished], c[unfinished], exact.rows(unfinished)
+            found = Gap(found.objective[unfinished], found.gap[unfinished])
             solver.keep(unfinished)
-        z, steps = solver.advance(z, c.to(z.dtype))
+        z, steps = solver.advance(z, found, c.to(z.dtype))
         done += steps
-    converged = gap <= goal
-    if bool(converged.all()):
-        status = SparseCodingStatus.CONVERGED
-    else:
-        status = (
-            SparseCodingStatus.LIMIT
-            if bool((~converged & (stalled < PATIENCE)).any())
-            else SparseCodingStatus.PRECISION
-        )
-    return SparseCode(code.unflatten(1, problem.D.domain), gap, objective, converged, iterations, status)

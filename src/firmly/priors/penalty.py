@@ -53,11 +53,17 @@ class Penalty:
         """The penalty of these problems of the batch (indices or a mask)."""
         return self if len(self.weight) == 1 else self._with(self.weight[chosen])
 
-    def double(self) -> Penalty:
-        return self._with(self.weight.double())
+    def to(self, dtype: torch.dtype) -> Penalty:
+        return self._with(self.weight.to(dtype))
+
+    def heavier(self, factor: Tensor) -> Penalty:
+        """The penalty with weights multiplied by `factor`, (batch, 1)."""
+        return self._with(self.weight * factor)
 
     def _with(self, weight: Tensor) -> Penalty:
-        return Penalty(weight, self.curvature, self.group, self.nonnegative)
+        made = object.__new__(Penalty)
+        made.weight, made.curvature, made.group, made.nonnegative = weight, self.curvature, self.group, self.nonnegative
+        return made
 
     def __repr__(self) -> str:
         weight = f"{self.weight.item():g}" if self.weight.numel() == 1 else f"tensor {tuple(self.weight.shape)}"
@@ -75,12 +81,14 @@ class Penalty:
 
     def prox(self, z: Tensor, step: float | Tensor) -> Tensor:
         """argmin_u h(u) + |u - z|^2 / (2 step); `step` is a number or (batch, 1)."""
-        z = self.upward(z)
-        if self.group == 1:
-            shrunk = torch.sgn(z) * (z.abs() - step * self.weight).clamp(min=0)
+        threshold = step * self.weight
+        if self.nonnegative and self.group == 1:
+            shrunk = (z - threshold).clamp(min=0)
+        elif self.group == 1:
+            shrunk = z - z.clamp(-threshold, threshold)
         else:
-            size = self.norms(z)
-            factor = (1 - step * self.weight / size.clamp(min=torch.finfo(z.dtype).tiny)).clamp(min=0)
+            z = self.upward(z)
+            factor = (1 - threshold / self.norms(z).clamp(min=torch.finfo(z.dtype).tiny)).clamp(min=0)
             shrunk = (z.unflatten(1, (-1, self.group)) * factor[..., None]).flatten(1)
         return shrunk / (1 + step * self.curvature) if self.curvature else shrunk
 

@@ -27,6 +27,8 @@ class Problem:
         if isinstance(D, Tensor):
             finite("the dictionary", D)
             D = Dense(D.detach())
+        if isinstance(D, Dense) and D.weight.dtype != y.dtype and y.is_floating_point():
+            D = Dense(D.weight.detach().to(y.dtype))
         if D.is_complex:
             raise DataError("the dictionary is complex; codes are real: stack its real and imaginary parts")
         expected = tuple(D.codomain)
@@ -54,13 +56,28 @@ class Problem:
         """D' r, (batch, n)."""
         return self.D.T(r.unflatten(1, self.D.codomain)).flatten(1)
 
+    def residual(self, z: Tensor) -> Tensor:
+        """y - D z, (batch, m)."""
+        if isinstance(self.D, Dense):
+            return torch.addmm(self.y, z, self.D.weight.mT, alpha=-1)
+        return self.y - self.apply(z)
+
+    def ascend(self, u: Tensor, step: float) -> Tensor:
+        """u + step D'(y - D u), (batch, n)."""
+        if isinstance(self.D, Dense):
+            return torch.addmm(u, self.residual(u), self.D.weight, alpha=step)
+        return u + step * self.correlate(self.residual(u))
+
     def rows(self, chosen: Tensor) -> Problem:
         """These problems of the batch (indices or a mask)."""
         return replace(self, y=self.y[chosen], penalty=self.penalty.rows(chosen))
 
-    def double(self) -> Problem:
-        D = Dense(self.D.weight.detach().double()) if isinstance(self.D, Dense) else self.D
-        return replace(self, D=D, y=self.y.double(), penalty=self.penalty.double())
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The problem in another precision; a linear map that is not a matrix follows its input by itself."""
+        if self.y.dtype == dtype:
+            return self
+        D = Dense(self.D.weight.detach().to(dtype)) if isinstance(self.D, Dense) else self.D
+        return replace(self, D=D, y=self.y.to(dtype), penalty=self.penalty.to(dtype))
 
 
 def finite(what: str, tensor: Tensor) -> None:
