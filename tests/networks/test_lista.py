@@ -154,10 +154,10 @@ class TestVariant:
         assert torch.equal(net(y, torch.zeros_like(start)), net(y))
 
     def test_gradients(self, variant):
-        D = dictionary(4, 6)
+        D = dictionary(3, 5)
         net = lista(D, 2, variant, 0.1, **({"selection": Selection(0.2, 0.4, 1.0)} if variant in SELECTING else {}))
         parameters = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
-        y = data(2, 4)
+        y = data(2, 3)
 
         def codes(*values):
             return torch.func.functional_call(net, dict(zip(parameters, values, strict=True)), (y,))
@@ -360,3 +360,13 @@ def test_misfit_dictionaries_are_refused():
         lista(zero, 2, "alista")
     with pytest.raises(SettingsError, match="growth"):
         Selection(growth=2.0)
+
+
+@pytest.mark.parametrize("variant", ["cp", "hessian", "ti", "alista"])
+def test_the_traced_form_of_a_layer_is_the_layer(variant):
+    net = perturbed(lista(dictionary(), 2, variant, WEIGHT, **({"selection": None} if variant in SELECTING else {})))
+    z, y = torch.randn(5, N, dtype=torch.float64), data()
+    for layer in net.layers:
+        code, observed = layer.linear_part()
+        expected = layer.step(layer.start(y, z), y, 0).x
+        torch.testing.assert_close(layer.prior.prox(code(z) + observed(y)), expected, atol=1e-13, rtol=0)

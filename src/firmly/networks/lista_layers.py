@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from firmly.algorithms.algorithm import Algorithm, Condition, Rule, Scalar
 from firmly.algorithms.fista import FistaState
 from firmly.algorithms.forward_backward import ForwardBackwardState
+from firmly.linear.algebra import Identity, Scale
 from firmly.linear.map import LinearMap
 from firmly.networks.positive import Positive, Within
 from firmly.prox.prior import Prior
@@ -49,10 +50,20 @@ class ResidualLayer(Algorithm):
 
     def step(self, state: ForwardBackwardState, y: Tensor, k: int) -> ForwardBackwardState:
         z = state.x
+        if not (
+            isinstance(z, Tensor) and isinstance(y, Tensor)
+        ):  # traced: one map has one norm, parts have three
+            code, data = self.linear_part()
+            return ForwardBackwardState(self.prior.prox(code(z) + data(y)))
         correlation = self.W.T(y - self.D(z))
         if self.preconditioner is not None:
             correlation = self.preconditioner(correlation)
         return ForwardBackwardState(self.prior.prox(z + self.step_size * correlation))
+
+    def linear_part(self) -> tuple[LinearMap, LinearMap]:
+        """The maps Id - g H W* D and g H W* of the code and of the data, whose sum is the argument of R."""
+        back = self.W.T if self.preconditioner is None else self.preconditioner @ self.W.T
+        return Identity(self.D.domain) + Scale(-self.step_size, back @ self.D), Scale(self.step_size, back)
 
     def read(self, state: ForwardBackwardState) -> Tensor:
         return state.x

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from firmly.algorithms.algorithm import Algorithm, Condition, number
 from firmly.networks.lista_layers import zeros
@@ -55,7 +56,9 @@ class SparseNetwork(Unrolled):
         for k, layer in enumerate(self.layers):
             broken = [c.name for c in layer.conditions() if not c.holds and c.name in layer.scalars()]
             for name in broken:
+                learned = parametrize.is_parametrized(layer, name)
+                value = layer.parametrizations[name].original if learned else getattr(layer, name)
                 end = number(layer.rule(name).high) * (1 - MARGIN)
-                setattr(layer, name, torch.full_like(layer.parametrizations[name].original, end))
+                setattr(layer, name, torch.full_like(value, end) if isinstance(value, Tensor) else end)
             changed += [k] if broken else []
         return changed
