@@ -21,6 +21,10 @@ from torch import Tensor
 from firmly.certificates.pencil import Pencil
 
 
+SMALLEST = 1e-200
+"""Of the multipliers for an output of zeros, so that they prove a bound that is almost zero."""
+
+
 @dataclass
 class SpectralResult:
     """`rho` is feasible for all blocks with multipliers `mu`; `relaxed` estimates the optimum from below.
@@ -44,6 +48,10 @@ def minimise_rho(
         mu = torch.zeros(0, dtype=torch.float64)
         rho = float(pencil.required(mu).max())
         return SpectralResult(rho, rho, mu, mu, 0, 0)
+    size = float(pencil.O.detach().abs().max())
+    if size == 0:  # the output does not move, and every rho > 0 will do
+        mu = SMALLEST * causal_multipliers(pencil)
+        return SpectralResult(float(pencil.required(mu).detach().max()), 0.0, mu, mu, 0, 0)
     deadline = time.monotonic() + budget_s
     if start is None and pencil.layer is not None:  # few unknowns first: many are slow to come from far away
         start = minimise_rho(pencil.shared(), max(tolerance, 1e-2), budget_s / 4).mu[pencil.layer]
@@ -52,7 +60,7 @@ def minimise_rho(
     if not bool(values.isfinite().all()) and start is not None:
         mu = causal_multipliers(pencil)
         values = pencil.required(mu)
-    rho = float(values.max())
+    rho = float(values.detach().max())
     if not 0 < rho < math.inf:  # nothing to improve, or nothing to start from
         return SpectralResult(rho, 0.0, mu, mu, 0, 0)
     working = torch.unique(torch.cat([spread(len(pencil), 64), worst(values, 64)]))
@@ -93,7 +101,7 @@ def causal_multipliers(pencil: Pencil) -> Tensor:
         return causal_multipliers(pencil.shared())[pencil.layer]
     M = -(pencil.O.mH @ pencil.O).detach()
     left = torch.ones(pencil.width, dtype=torch.bool)  # the columns that are not eliminated yet; M is on them
-    floor = 1e-9 * float(M.abs().amax().clamp(min=1e-300))
+    floor = 1e-9 * (float(M.abs().amax()) or 1.0)
     mu = torch.zeros(pencil.multipliers, dtype=torch.float64)
     for j in range(pencil.multipliers - 1, -1, -1):
         mine = (pencil.owner == j).nonzero().squeeze(1)
