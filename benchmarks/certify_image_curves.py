@@ -81,15 +81,19 @@ def sparse_coding(size: int, channels: int, seed: int) -> nn.Module:
 def pair(x: str, rows: Iterable[dict], axis: str, what: str) -> list[Picture]:
     """Gap and seconds against one column; the median where there are several rows for a value."""
     pictures = []
-    for y, name, log_y in (("gap", "upper over lower end", False), ("seconds", "seconds", True)):
+    for y, name, log_y in (("gap", "gap, %", False), ("seconds", "seconds", True)):
         points: dict[float, list[float]] = {}
         for row in rows:
-            points.setdefault(row[x], []).append(row[y])
-        lines = [Line("median", [(at, statistics.median(values)) for at, values in points.items()], "ours")]
+            points.setdefault(row[x], []).append(100 * (row[y] - 1) if y == "gap" else row[y])
         if any(len(values) > 1 for values in points.values()):
-            lines.append(Line("worst", [(at, max(values)) for at, values in points.items()], "twin"))
+            lines = [
+                Line("median", [(at, statistics.median(values)) for at, values in points.items()], "ours"),
+                Line("worst", [(at, max(values)) for at, values in points.items()], "twin"),
+            ]
         else:
-            lines = [Line("", lines[0].points, "ours")]
+            lines = [Line("", [(at, values[0]) for at, values in points.items()], "ours")]
+        if y == "gap":
+            lines.append(Line("sharp", [(min(points), 0.0), (max(points), 0.0)], "other"))
         caption = f"{'Gap' if y == 'gap' else 'Time'} of certificates: {what}"
         pictures.append(curves(f"{x}-{y}", lines, axis, name, caption, log_y=log_y))
     return pictures

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import firmly as fm
-from benchmarks.runner.results import Result, Table, Target
+from benchmarks.runner.curves import curves
+from benchmarks.runner.results import Picture, Result, Table, Target
 from benchmarks.runner.timing import program
 from firmly.certificates.family import Family
 from firmly.certificates.methods import Problem, upper_bounds
 from firmly.certificates.representation import represent
 from firmly.certificates.signal import trace
+from firmly.lab.charts import Line
 from firmly.linear.map import Bracket, LinearMap
 
 NETWORKS = ("deblurring", "total variation")
@@ -44,13 +46,22 @@ def measure(quick: bool) -> Result:
         ratio = max(seconds) / min(seconds)
         text = f"{name}: the time of the upper bounds does not depend on the volume (slowest over fastest at most 2)"
         targets.append(Target(text, f"{ratio:.2f}", ratio <= 2))
-    return Result([Table(f"Volumes, depth {depth}", rows, NOTE)], targets)
+    return Result([Table(f"Volumes, depth {depth}", rows, NOTE)], targets, [picture(rows)])
+
+
+def picture(rows: list[dict]) -> Picture:
+    lines = [
+        Line(name, [(r["side"], r["seconds upper"]) for r in rows if r["network"] == name], role)
+        for name, role in zip(NETWORKS, ("ours", "twin"))
+    ]
+    caption = "Time of certificates: volumes of N x N x N voxels, ten layers, in singular values"
+    return curves("seconds", lines, "voxels a side", "seconds", caption)
 
 
 def row(name: str, side: int, depth: int) -> dict:
     """A row of the table, measured in a process of its own."""
     found = program("benchmarks.programs.certify_volume", [name, str(side), str(depth)])
-    return {"network": name, "volume": f"{side} x {side} x {side}", **found}
+    return {"network": name, "side": side, "voxels": side**3, **found}
 
 
 class SeparableBlur(LinearMap):
