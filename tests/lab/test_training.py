@@ -174,3 +174,14 @@ def test_two_processes_train_the_same_weights(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "checkpoints" / "net.safetensors").exists()
+
+
+def test_another_loss_is_what_is_trained(tmp_path):
+    heard = []
+
+    def absolute(output, truth):
+        heard.append(float((output - truth).detach().abs().mean()))
+        return (output - truth).abs().mean()
+
+    outcome = train(network(), sample, PLAN, RunFolder(tmp_path), "net", loss=absolute)
+    assert outcome.history[0]["loss"] == pytest.approx(sum(heard[: PLAN.steps]) / PLAN.steps)

@@ -23,6 +23,7 @@ from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import require
 from firmly.lab.weights import learned, pack, restore, unpack
 
+Loss = Callable[[Any, Tensor], Tensor]  # (output of the network, truth) -> a number
 Sampler = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # -> (measurements, truth), both (batch, ...)
 
 
@@ -69,12 +70,15 @@ def train(
     run: RunFolder,
     name: str,
     *,
+    loss: Loss | None = None,
     validate: Callable[[nn.Module], float] | None = None,
     penalty: Callable[[nn.Module, int], Tensor] | None = None,
     engine: Engine | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
-    """Train `network` in place on mean squared error plus `penalty(network, step)`; then it holds its best weights.
+    """Train `network` in place on `loss` plus `penalty(network, step)`; then it holds its best weights.
+
+    The loss is the mean squared error unless another one is given.
 
     If `run` has a checkpoint called `name`, training goes on from there, with the same result as if it had never
     stopped. `validate(network)` returns a score to maximise; without it, or with a penalty that the score does not
@@ -83,7 +87,7 @@ def train(
     after the batch was saved beside the checkpoints.
     """
     engine = engine or Engine()
-    state = _State(network, plan, engine)
+    state = _State(network, plan, engine, loss or mean_squared_error)
     path = run / f"checkpoints/{name}.safetensors"
     if path.exists():
         state.load(path)
@@ -106,6 +110,10 @@ def train(
     return Outcome(status, state.history, state.seconds())
 
 
+def mean_squared_error(output: Tensor, truth: Tensor) -> Tensor:
+    return (output - truth).abs().square().mean()
+
+
 def rise_and_fall(progress: float) -> float:
     """Relative learning rate at `progress` in (0, 1]: a linear rise for a tenth, then a cosine down to 0.003."""
     if progress < 0.1:
@@ -116,8 +124,8 @@ def rise_and_fall(progress: float) -> float:
 class _State:
     """Everything that the rest of a training depends on."""
 
-    def __init__(self, network: nn.Module, plan: Plan, engine: Engine):
-        self.plan, self.engine = plan, engine
+    def __init__(self, network: nn.Module, plan: Plan, engine: Engine, loss: Loss):
+        self.plan, self.engine, self.loss = plan, engine, loss
         self.network = network.to(engine.device)
         filters = [p for p in network.parameters() if p.dim() > 1]
         scalars = [p for p in network.parameters() if p.dim() <= 1]
@@ -148,7 +156,7 @@ class _State:
             group["lr"] = rate * relative
         y, x = (t.to(self.engine.device) for t in sample(self.generator))
         with self.engine.autocast():
-            error = (self.forward(y) - x).abs().square().mean()
+            error = self.loss(self.forward(y), x)
         loss = error if penalty is None else error + penalty(self.network, position).to(error.device)
         self.optimiser.zero_grad(set_to_none=True)
         self.engine.backward(loss)
