@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from firmly.errors import SettingsError
-from firmly.lab.experiments import compressed_sensing, deblur, denoise, dictionary, inpaint, meg, mri
+from firmly.lab.experiments import compressed_sensing, ct, deblur, denoise, dictionary, inpaint, meg, mri
 from firmly.lab.reconstruction import Experiment
 from firmly.lab.settings import nearest
 from firmly.lab.study import Study
@@ -14,6 +14,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     inpaint.EXPERIMENT,
     mri.EXPERIMENT,
     meg.STUDY,
+    ct.STUDY,
     compressed_sensing.STUDY,
     dictionary.STUDY,
 )
