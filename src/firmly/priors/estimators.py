@@ -160,7 +160,7 @@ class OnlineDictionary(_LassoEstimator):
     tol = 0.0  # a mini-batch does not show when to stop
 
     def __init__(
-        self, n_components=None, *, alpha=0.1, batch_size=512, steps=30, max_iter=5, transform_tol=1e-8,
+        self, n_components=None, *, alpha=0.1, batch_size=256, steps=40, max_iter=5, transform_tol=1e-8,
         random_state=None,
     ):  # fmt: skip
         self.n_components = n_components
@@ -189,7 +189,7 @@ class OnlineDictionary(_LassoEstimator):
         self._memory = learned.memory._replace(codes=learned.memory.codes[:0])
 
     def _method(self, n_features: int) -> Online:
-        return Online(self.alpha, self.batch_size, self.steps)
+        return Online(self.alpha, batch_size=self.batch_size, steps=self.steps)
 
     def _rounds(self, n_samples: int) -> int:
         return -(-n_samples // self.batch_size)

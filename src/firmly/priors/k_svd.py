@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from firmly.errors import SettingsError
-from firmly.priors.learning import Method, normalised
+from firmly.priors.learning import Method, mini_batches, normalised
 from firmly.priors.omp import OmpCode, omp
 
 
@@ -16,8 +17,8 @@ from firmly.priors.omp import OmpCode, omp
 class _Pursuit(Method):
     """The code step of both: min |y - D z|^2 over |z|_0 <= sparsity, greedily.
 
-    A signal keeps its former code, refitted by the last dictionary step, if pursuit finds no better one: with a
-    dictionary step that does not raise the objective 1/2 |y - D z|^2 either, the objective never increases.
+    The dictionary steps never raise the objective 1/2 |y - D z|^2. A greedy code may: codes that are kept until pursuit
+    finds better ones would make the objective fall in every round, and end in worse dictionaries.
     """
 
     sparsity: int
@@ -27,14 +28,7 @@ class _Pursuit(Method):
             raise SettingsError(f"sparsity is at least 1, given {self.sparsity}")
 
     def code(self, dictionary: Tensor, data: Tensor, memory: OmpCode | None) -> OmpCode:
-        found = omp(dictionary, data, min(self.sparsity, *dictionary.shape))
-        if memory is None:
-            return found
-        width = max(found.support.shape[1], memory.support.shape[1])
-        found, memory = widened(found, width), widened(memory, width)
-        better = misfit(dictionary, data, found) <= misfit(dictionary, data, memory)
-        support = torch.where(better[:, None], found.support, memory.support)
-        return OmpCode(support, torch.where(better[:, None], found.values, memory.values), found.atoms)
+        return omp(dictionary, data, min(self.sparsity, *dictionary.shape))
 
     def objective(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> float:
         return 0.5 * float(misfit(dictionary, data, memory).double().mean())
@@ -52,11 +46,23 @@ class KSvd(_Pursuit):
 
     With E = Y - sum_{i != j} d_i z_i over these signals, d_j and z_j are the leading singular pair of E (of the m x m
     matrix E E', by its eigenvectors). `exact=False` takes one step of the power method from the present atom in its
-    place: cheaper for large m, and still never increases the objective.
+    place: cheaper, and still never increases the objective. With `batch_size` the first half of the passes goes through
+    mini-batches, and the rest through all signals: many cheap rounds, then the exact ones.
     Sources: Aharon, Elad and Bruckstein, K-SVD, 2006; Rubinstein, Zibulevsky and Elad, 2008, for the power step.
     """
 
     exact: bool = True
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SettingsError(f"batch_size is at least 1 or None, given {self.batch_size}")
+
+    def rounds(self, data: Tensor, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
+        early = 0 if self.batch_size is None else iterations // 2
+        yield from mini_batches(data, self.batch_size or len(data), early, generator)
+        yield from super().rounds(data, iterations - early, generator)
 
     def update(self, dictionary: Tensor, data: Tensor, memory: OmpCode) -> tuple[Tensor, OmpCode]:
         atoms = dictionary.mT.contiguous().clone()
@@ -113,10 +119,3 @@ class Mod(_Pursuit):
 def misfit(dictionary: Tensor, data: Tensor, code: OmpCode) -> Tensor:
     """|y - D z|^2 of every signal: (batch,)."""
     return (data - code.synthesise(dictionary)).square().sum(1)
-
-
-def widened(code: OmpCode, width: int) -> OmpCode:
-    """The same codes with room for `width` nonzeros."""
-    extra = width - code.support.shape[1]
-    support = torch.nn.functional.pad(code.support, (0, extra), value=code.atoms)
-    return OmpCode(support, torch.nn.functional.pad(code.values, (0, extra)), code.atoms)

@@ -212,6 +212,13 @@ def _replace_unused(
     return dictionary, count
 
 
+def mini_batches(data: Tensor, size: int, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """All signals in batches of at most `size`, in a new random order in every pass."""
+    for _ in range(passes):
+        for rows in torch.randperm(len(data), generator=generator).split(size):
+            yield data[rows.to(data.device)]
+
+
 def normalised(dictionary: Tensor) -> Tensor:
     """The same directions with columns of unit norm."""
     return dictionary / torch.linalg.vector_norm(dictionary, dim=0)
