@@ -3,7 +3,7 @@
 from firmly.data.corruptions import Measurement, column_mask, pixel_mask
 from firmly.data.crops import Crops, centre_crop
 from firmly.data.download import download
-from firmly.data.meg_data import Leadfield, Recording, meg_sample, vectorview
+from firmly.data.meg_data import Leadfield, Recording, leadfield_from_mne, meg_sample, vectorview
 from firmly.data.photographs import Photograph, catalogue, photographs, read_image
 from firmly.data.recordings import ecg
 from firmly.data.tomography import Sinogram, centre_of_rotation, rebinned, tooth
@@ -21,6 +21,7 @@ __all__ = [
     "column_mask",
     "download",
     "ecg",
+    "leadfield_from_mne",
     "meg_sample",
     "photographs",
     "pixel_mask",

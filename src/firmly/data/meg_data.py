@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from firmly.errors import DataError
+
 
 class Leadfield(NamedTuple):
     """Fields of dipoles of 1 nAm in two tangential directions at every source.
@@ -60,6 +62,23 @@ def meg_sample() -> Recording:
         torch.from_numpy(table["sensors"]).double(),
         torch.from_numpy(table["gradiometer"]),
     )
+
+
+def leadfield_from_mne(forward: Any, unit: float = 1e-9) -> Leadfield:
+    """The leadfield of a forward solution of MNE-Python (`mne.Forward`), for currents in `unit` Am (1 nAm).
+
+    Free orientation gives three directions for every source, fixed orientation one. Whiten it before use. Raises
+    `DataError` if the matrix does not fit the sources.
+    """
+    field = torch.as_tensor(forward["sol"]["data"]).double()
+    positions = torch.as_tensor(forward["source_rr"]).double()
+    positions = positions.reshape(forward["nsource"], -1, 3)[:, 0]
+    if field.dim() != 2 or field.shape[1] not in (len(positions), 3 * len(positions)):
+        raise DataError(
+            f"a forward solution of {len(positions)} sources has as many columns, or three times as many; "
+            f"given a matrix {tuple(field.shape)}"
+        )
+    return Leadfield(field.unflatten(1, (len(positions), -1)) * unit, positions)
 
 
 def _leadfield(table: dict[str, Any]) -> Leadfield:

@@ -4,6 +4,7 @@ from firmly.networks.admm_net import AdmmNet
 from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights, analytic_whitening
 from firmly.networks.beyond_depth import beyond_depth
+from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
 from firmly.networks.descent import descend
 from firmly.networks.ista_net import IstaNet, IstaNetPlus
@@ -28,10 +29,13 @@ __all__ = [
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
+    "calibrate",
+    "calibrate_hyper",
     "check_unrolled",
     "descend",
     "in_metric",
     "learned_tv",
+    "nmse_db",
     "lista",
     "project",
     "read_tensors",

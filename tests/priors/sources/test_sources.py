@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from firmly.data import meg_sample, vectorview
+from firmly.data import leadfield_from_mne, meg_sample, vectorview
 from firmly.errors import DataError, ShapeError
 from firmly.lab.experiments.meg_problems import two_dipoles
 from firmly.priors.sources import (
@@ -188,6 +188,17 @@ def test_what_cannot_be_used_is_refused(small):
 def test_silence_has_no_sources(small):
     estimate = mixed_norm(small, torch.zeros(1, 4, 12))[0]
     assert len(estimate.active) == 0 and float(estimate.courses.abs().max()) == 0
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_forward_solutions_of_mne_are_read(directions):
+    field, places = normal(5, 4 * directions), normal(4, 3)
+    forward = {"sol": {"data": field.numpy()}, "source_rr": places.numpy(), "nsource": 4}
+    leadfield = leadfield_from_mne(forward)
+    assert leadfield.gain.shape == (5, 4, directions)
+    torch.testing.assert_close(leadfield.gain.flatten(1), 1e-9 * field)
+    with pytest.raises(DataError, match="three times as many"):
+        leadfield_from_mne({**forward, "sol": {"data": field[:, :-1].numpy()}})
 
 
 def test_the_recording_is_whole():
