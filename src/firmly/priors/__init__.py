@@ -8,6 +8,8 @@ from firmly.priors.lasso import SparseCode, SparseCodingStatus, lasso
 from firmly.priors.learning import Learned, learn_dictionary, learn_from_stream
 from firmly.priors.omp import OmpCode, omp
 from firmly.priors.online import Online
+from firmly.priors.oracle_steps import OracleIsta
+from firmly.priors.paths import LassoPath, lasso_path, weight_max
 from firmly.priors.penalty import Penalty
 from firmly.priors.recovery import recovery
 from firmly.priors.several_operators import Identifiability, Masks, Operators
@@ -21,6 +23,7 @@ __all__ = [
     "Gap",
     "Identifiability",
     "KSvd",
+    "LassoPath",
     "Learned",
     "Masks",
     "MatrixSynthesis",
@@ -28,6 +31,7 @@ __all__ = [
     "OmpCode",
     "Online",
     "Operators",
+    "OracleIsta",
     "Penalty",
     "SparseCode",
     "SparseCodingStatus",
@@ -37,8 +41,10 @@ __all__ = [
     "Unrolled",
     "duality_gap",
     "lasso",
+    "lasso_path",
     "learn_dictionary",
     "learn_from_stream",
     "omp",
     "recovery",
+    "weight_max",
 ]

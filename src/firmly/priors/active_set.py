@@ -124,7 +124,8 @@ class ActiveSet:
         stuck = (new == z).all(1)
         if bool((stuck & (self.joining == 1)).all()):
             self.rounds = 0
-        self.joining = torch.where(stuck, (self.joining.minimum(size) // 4).clamp(min=1), self.joining)
+        fewer, more = (self.joining.minimum(size) // 4).clamp(min=1), (2 * self.joining).clamp(max=z.shape[1])
+        self.joining = torch.where(stuck, fewer, more)
         return new
 
     def faces(self, rows: Tensor, z: Tensor, c: Tensor, sign: Tensor, width: int) -> Tensor:

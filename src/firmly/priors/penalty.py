@@ -47,20 +47,21 @@ class Penalty:
                 "one weight for each problem has shape (batch, 1), for each group (groups,)"
             ) from None
         weight = self.weight.to(device=y.device, dtype=y.dtype)
-        return self._with(weight.reshape(1, -1) if weight.dim() < 2 else weight)
+        return self.weighing(weight.reshape(1, -1) if weight.dim() < 2 else weight)
 
     def rows(self, chosen: Tensor) -> Penalty:
         """The penalty of these problems of the batch (indices or a mask)."""
-        return self if len(self.weight) == 1 else self._with(self.weight[chosen])
+        return self if len(self.weight) == 1 else self.weighing(self.weight[chosen])
 
     def to(self, dtype: torch.dtype) -> Penalty:
-        return self._with(self.weight.to(dtype))
+        return self.weighing(self.weight.to(dtype))
 
     def heavier(self, factor: Tensor) -> Penalty:
         """The penalty with weights multiplied by `factor`, (batch, 1)."""
-        return self._with(self.weight * factor)
+        return self.weighing(self.weight * factor)
 
-    def _with(self, weight: Tensor) -> Penalty:
+    def weighing(self, weight: Tensor) -> Penalty:
+        """The penalty with other weights, which are not checked."""
         made = object.__new__(Penalty)
         made.weight, made.curvature, made.group, made.nonnegative = weight, self.curvature, self.group, self.nonnegative
         return made
