@@ -18,7 +18,7 @@ from firmly.certificates.methods import spectral_bound as spectral_bound
 from firmly.certificates.representation import represent
 from firmly.certificates.signal import arguments, trace
 from firmly.certificates.system import weights_hash
-from firmly.errors import NotCertifiable, ShapeError
+from firmly.errors import NotCertifiable, SettingsError, ShapeError
 from firmly.linear.map import LinearMap
 
 Method = Literal["auto", "product", "averaged", "direct", "virtual", "eclipse", "spectral", "lipsdp", "exact"]
@@ -33,6 +33,7 @@ def certify(
     shape: Shapes | None = None,
     tolerance: float = 1e-4,
     budget_s: float = 60.0,
+    solver: Literal["layered", "clarabel"] = "layered",
 ) -> Certificate:
     """A certified bracket of the Lipschitz constant of `net`, for perturbations of the inputs `wrt` in Euclidean norm.
 
@@ -44,11 +45,16 @@ def certify(
     shared multipliers), "lipsdp" (a multiplier per neuron), "eclipse" (one per layer in closed form), "exact" (about
     twenty neurons, or weights whose signs agree), or "auto": those that may help, cheap ones first, until the relative
     gap to the lower end is below `tolerance` or `budget_s` seconds have passed; the smallest bound is returned.
-    `tolerance` is also the relative accuracy of the searches for multipliers. Raises `NotCertifiable` for what no sound
-    bound is known of.
+    `tolerance` is also the relative accuracy of the searches for multipliers; method="lipsdp" with
+    solver="clarabel" takes a conic solver to its full accuracy, for narrow networks. Raises `NotCertifiable` for what
+    no sound bound is known of.
     """
     if method != "auto" and method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose auto, {', '.join(METHODS)}")
+    if solver not in ("layered", "clarabel") or (solver == "clarabel" and method != "lipsdp"):
+        raise SettingsError(
+            f"solver is 'layered', or 'clarabel' with method='lipsdp'; given {solver!r} with method={method!r}"
+        )
     inputs = input_shapes(net, shape)
     names = perturbed_inputs(inputs, wrt)
     is_complex = any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
@@ -56,7 +62,7 @@ def certify(
     system = trace(net, inputs, names, is_complex)
     choice, basis, blocked, relaxations = represent(system)
     family = Family(blocked, basis)
-    problem = Problem(system, choice, family, relaxations, tolerance, time.monotonic() + budget_s)
+    problem = Problem(system, choice, family, relaxations, tolerance, time.monotonic() + budget_s, solver)
     attained = lower_bound(net, inputs, names, is_complex, choice, family, max(0.2 * budget_s, 1.0))
     proofs = upper_bounds(problem, method, attained.ratio)
     best = min(proofs, key=lambda proof: proof.bound.value)

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from firmly.certificates.certificate import Bound
+from firmly.certificates.conic import conic_multipliers
 from firmly.certificates.eclipse import eclipse_multipliers
 from firmly.certificates.elimination import elimination_cost, elimination_order
 from firmly.certificates.exact import UNDECIDED, exact_bound, neurons, signs_agree
@@ -54,6 +56,7 @@ class Problem:
     relaxations: list[str]
     tolerance: float
     deadline: float
+    solver: Literal["layered", "clarabel"] = "layered"
     known: list[Proof] = field(default_factory=list)
 
     @cached_property
@@ -108,7 +111,10 @@ def eclipse(problem: Problem) -> Proof:
 def lipsdp(problem: Problem) -> Proof:
     """One multiplier per neuron."""
     started = time.perf_counter()
-    result = lipsdp_multipliers(problem.layers, problem.tolerance, problem.remaining)
+    if problem.solver == "clarabel":
+        result = conic_multipliers(problem.layers, problem.remaining)
+    else:
+        result = lipsdp_multipliers(problem.layers, problem.tolerance, problem.remaining)
     value = layered_gain(problem.layers, result.mu, result.rho)
     note = f"{problem.layers.multipliers} multipliers, {result.evaluations} factorisations"
     mu = result.mu if math.isinf(value) else value**2 / result.rho * result.mu
