@@ -266,6 +266,16 @@ def test_certified_steps_cannot_leave_their_interval(variant, raw):
         assert 0 < number(layer.step_size) < number(layer.rule("step_size").high)
 
 
+def test_steps_are_assigned_in_any_precision():
+    net = lista(dictionary().float(), 2, "alista", WEIGHT)
+    for network in (net, copy.deepcopy(net).double()):
+        for dtype in (torch.float32, torch.float64):
+            with torch.no_grad():
+                network.layers[0].step_size = torch.tensor(0.3, dtype=dtype)
+            assert number(network.layers[0].step_size) == pytest.approx(0.3, rel=1e-6)
+    assert net(data().float()).dtype == torch.float32
+
+
 def test_projection_brings_steps_back():
     for variant in ("step", "alista"):
         net = lista(dictionary(), 3, variant, WEIGHT)

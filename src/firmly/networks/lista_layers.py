@@ -50,9 +50,7 @@ class ResidualLayer(Algorithm):
 
     def step(self, state: ForwardBackwardState, y: Tensor, k: int) -> ForwardBackwardState:
         z = state.x
-        if not (
-            isinstance(z, Tensor) and isinstance(y, Tensor)
-        ):  # traced: one map has one norm, parts have three
+        if not (isinstance(z, Tensor) and isinstance(y, Tensor)):  # traced: one map has one norm, parts have three
             code, data = self.linear_part()
             return ForwardBackwardState(self.prior.prox(code(z) + data(y)))
         correlation = self.W.T(y - self.D(z))
@@ -159,9 +157,20 @@ def learn_step(layer: ResidualLayer, certified: bool = False) -> ResidualLayer:
     start = torch.as_tensor(layer.step_size).detach().clone()
     del layer.step_size
     layer.step_size = nn.Parameter(start)
-    within = Within(layer, "step_size", free=(), waived=not certified)
-    parametrize.register_parametrization(layer, "step_size", within, unsafe=True)
+    parametrize.register_parametrization(layer, "step_size", Step(layer, certified), unsafe=True)
     return layer
+
+
+class Step(Within):
+    """A step that is read in double precision, as steps are, and may be assigned in any."""
+
+    def __init__(self, layer: ResidualLayer, certified: bool):
+        super().__init__(layer, "step_size", free=(), waived=not certified)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        known = getattr(self.layer, "parametrizations", {})
+        stored = known[self.name].original.dtype if self.name in known else value.dtype
+        return super().right_inverse(value).to(stored)
 
 
 class Symmetric(nn.Module):
