@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from firmly.errors import SettingsError
-from firmly.lab.experiments import compressed_sensing, ct, deblur, denoise, dictionary, inpaint, meg, mri
+from firmly.lab.experiments import (
+    compressed_sensing,
+    ct,
+    deblur,
+    denoise,
+    dictionary,
+    inpaint,
+    meg,
+    mri,
+    sparse_coding,
+    tv,
+)
 from firmly.lab.reconstruction import Experiment
 from firmly.lab.settings import nearest
 from firmly.lab.study import Study
@@ -14,9 +25,11 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     inpaint.EXPERIMENT,
     mri.EXPERIMENT,
     meg.STUDY,
+    tv.STUDY,
     ct.STUDY,
     compressed_sensing.STUDY,
     dictionary.STUDY,
+    sparse_coding.STUDY,
 )
 
 
