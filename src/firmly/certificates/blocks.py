@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from firmly.certificates.system import Input, Linear, Sum, System
+from firmly.certificates.propagation import Propagated, combined, spectral_norms
+from firmly.certificates.system import Input, Linear, Sum, System, parents
 from firmly.errors import NotCertifiable
 from firmly.linear.basis import Basis
 from firmly.linear.symbol import Symbol, meet
@@ -49,7 +49,8 @@ class Blocks:
 
 def sweep(system: System, basis: Basis, form: Form = "open") -> Blocks:
     """Propagate symbols through the graph, once; raises `NotDiagonal` if some map is not diagonal in the basis."""
-    values: list[Symbol] = []
+    values: list[Propagated] = []
+    last_use = {parent: index for index, node in enumerate(system.nodes) for parent in parents(node)}
     inputs: list[slice] = []
     columns: list[slice] = []
     slopes: list[Slope] = []
@@ -61,44 +62,43 @@ def sweep(system: System, basis: Basis, form: Form = "open") -> Blocks:
         inputs.append(slice(width, width + basis.channels(node.shape)))
         width = inputs[-1].stop
     sources = iter(inputs)
-    for node in system.nodes:
+    for index, node in enumerate(system.nodes):
         if isinstance(node, Input):
-            values.append(unit(basis, next(sources)))
+            values.append(Propagated(unit(basis, next(sources))))
             coordinates.add(None)
         elif isinstance(node, Linear):
             symbol = node.map.symbol(basis)
-            values.append(untagged(symbol) @ values[node.parent])
+            values.append(values[node.parent].mapped(untagged(symbol)))
             coordinates.mapped(symbol, node.parent)
         elif isinstance(node, Sum):
-            widest = max(values[i].value.shape[2] for _, i in node.terms)
-            terms = [scaled(padded(values[i], widest), coefficient) for coefficient, i in node.terms]
-            values.append(reduce(Symbol.__add__, terms))
+            values.append(combined([(coefficient, values[i]) for coefficient, i in node.terms]))
             coordinates.joined([i for _, i in node.terms])
         else:
             z = values[node.parent]
             columns.append(slice(width, width + basis.channels(node.shape)))
             width = columns[-1].stop
-            v = unit(basis, columns[-1])
+            v = Propagated(unit(basis, columns[-1]))
             loop = node.loop if form == "open" else None
             if loop is not None:
                 symbol = loop.map.symbol(basis)
                 coordinates.looped(symbol, node.parent)
-                z = padded(z, width) + untagged(symbol) @ v
+                z = z.padded(width) + v.mapped(untagged(symbol))
             slopes.append(node.slope if loop is None else loop.slope)
             separable.append((node if loop is None else loop).structure in ("separable", "channel"))
-            rows.append(z)
+            rows.append(z.whole)
             if form == "averaged":
                 low, high = float(node.slope.low), float(node.slope.high)
-                v = scaled(v, (high - low) / 2)
+                v = v.scaled((high - low) / 2)
                 if high + low != 0:
-                    v = scaled(padded(z, width), (high + low) / 2) + v
+                    v = z.padded(width).scaled((high + low) / 2) + v
             values.append(v)
             if node.slope.low + node.slope.high == 0:  # |v| <= c |z| alone: v may live in other coordinates
                 coordinates.add(None)
             else:
                 coordinates.joined([node.parent])
+        values[-1] = values[-1].cut(values[j] for j in range(index) if last_use.get(j, -1) > index)
     rows = [real_if_close(padded(z, width)) for z in rows]
-    output = real_if_close(padded(values[system.output], width))
+    output = real_if_close(padded(values[system.output].whole, width))
     if not all(bool(symbol.value.isfinite().all()) for symbol in [*rows, output]):
         raise NotCertifiable("the network has weights that are not finite numbers, or so large that they overflow")
     return Blocks(system, basis, inputs, columns, slopes, separable, rows, output, form)
@@ -152,10 +152,6 @@ def untagged(symbol: Symbol) -> Symbol:
     return Symbol(symbol.value, symbol.error)
 
 
-def scaled(symbol: Symbol, coefficient: float | Tensor) -> Symbol:
-    return symbol if isinstance(coefficient, float) and coefficient == 1.0 else symbol.scale(coefficient)
-
-
 def unit(basis: Basis, columns: slice) -> Symbol:
     """The value that is its own source: [0 I] with the identity in the given columns."""
     size = columns.stop - columns.start
@@ -185,10 +181,4 @@ def real_if_close(symbol: Symbol) -> Symbol:
 
 def block_norms(symbol: Symbol, columns: slice | None = None) -> Tensor:
     """Upper bounds of the spectral norms of all blocks, restricted to some columns; shape (blocks,)."""
-    value = symbol.value if columns is None else symbol.value[:, :, columns]
-    if min(value.shape[1:]) == 1:
-        norms = torch.linalg.vector_norm(value, dim=(1, 2))
-    else:
-        norms = torch.linalg.matrix_norm(value, ord=2)
-    norms = norms * (1 + 1e-13 * max(value.shape[1:]))
-    return norms if symbol.error is None else norms + symbol.error
+    return spectral_norms(symbol if columns is None else Symbol(symbol.value[:, :, columns], symbol.error))
