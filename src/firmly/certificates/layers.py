@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Layers:
     def has_loop(self, i: int) -> bool:
         return self.inputs + i in self.rows[i]
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """The number of multipliers of every nonlinearity."""
         return [int(o.max()) + 1 for o in self.owner]
