@@ -14,8 +14,7 @@ from firmly.priors import Alternating, Operators, SparseModel, Unrolled, lasso, 
 from firmly.priors.learning import normalised
 
 WEIGHT = 0.1
-VARIANTS = {"alternating: no backpropagation": 0, "through all steps": None,
-            "through the last 50": 50, "through the last 20": 20}  # fmt: skip
+VARIANTS = {"none": 0, "all steps": None, "last 50": 50, "last 20": 20}  # that the gradient goes through
 Tell = Callable[[str, int, int], None]
 
 
