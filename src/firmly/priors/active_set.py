@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from firmly.linear.dense import Dense
-from firmly.priors.accelerated import STEPS, Accelerated
+from firmly.priors.accelerated import STEPS, Accelerated, largest_eigenvalue
 from firmly.priors.duality import Gap
 from firmly.priors.problem import Problem
 
@@ -19,6 +20,7 @@ SETTLING, SETTLED = 3, 0.05  # the support is found when so many steps change at
 RIDGE = 0.7  # power of the unit roundoff, relative to the largest diagonal entry: what rounding may do
 WALL = 1e15  # on the diagonal, relative to the rest, holds an atom at zero
 SHRINKING = 3  # systems solved while atoms leave, before the gradient is measured
+FIRST_ROUNDS = 16  # of Newton before the first accelerated step, where few atoms join at a time
 ROUNDS = 4  # of Newton between accelerated steps
 LONGEST = 320  # accelerated steps between rounds of Newton
 ENTRIES = 2**18  # of all Gram matrices at once
@@ -41,20 +43,25 @@ class ActiveSet:
     Fixed-point continuation for l1-minimization, 2008.
     """
 
-    def __init__(self, problem: Problem, z: Tensor, largest: float, gram: Tensor | None, cold: bool):
+    def __init__(self, problem: Problem, z: Tensor, gram: Tensor, joining: int | None = None):
         assert isinstance(problem.D, Dense)
-        self.problem, self.step_size, self.gram = problem, 1 / largest, gram
-        self.atoms = problem.D.weight.detach()  # (m, n)
-        sizes = problem.y.abs().amax(), self.atoms.abs().amax()
-        single = all(SAFE[0] < float(size) < SAFE[1] for size in sizes)
-        self.rough = problem.to(torch.float32) if single else problem
-        self.cold, self.taken, self.block, self.rounds, self.turn = cold, 0, STEPS, 0, ROUNDS
-        self.joining = torch.full((len(z),), z.shape[1], device=z.device)  # how many atoms may join a face in a round
+        self.problem, self.gram = problem, gram
+        # single precision squares such data without harm
+        sizes = float(problem.y.abs().amax()), float(gram.diagonal().amax()) ** 0.5
+        self.rough = torch.float32 if all(SAFE[0] < size < SAFE[1] for size in sizes) else problem.y.dtype
+        self.taken, self.block, self.turn = 0, STEPS, ROUNDS
+        self.rounds = 0 if joining is None else FIRST_ROUNDS
+        # how many atoms may join a face in a round
+        self.joining = torch.full((len(z),), joining or z.shape[1], device=z.device).clamp(max=z.shape[1])
         self.kept = None  # codes, objectives, correlations before accelerated steps
+
+    @cached_property
+    def step_size(self) -> float:
+        return 1 / largest_eigenvalue(self.problem)
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with these problems only (a mask)."""
-        self.problem, self.rough = self.problem.rows(chosen), self.rough.rows(chosen)
+        self.problem = self.problem.rows(chosen)
         self.joining = self.joining[chosen]
         if self.kept is not None:
             self.kept = tuple(part[chosen] for part in self.kept)
@@ -78,10 +85,10 @@ class ActiveSet:
 
     def accelerate(self, z: Tensor, c: Tensor) -> tuple[Tensor, int]:
         bold = self.taken < BOLD_STEPS
-        problem = self.rough if bold else self.problem
+        problem = self.problem.to(self.rough) if bold else self.problem
         steps = Accelerated(problem, z.to(problem.y.dtype), self.step_size * (2 if bold else 1))
         count, self.block = self.block, min(2 * self.block, LONGEST)
-        if self.taken == 0 and self.cold:  # first lower the weights
+        if self.taken == 0:  # first lower the weights to what they are
             level = (problem.penalty.pull(c.to(problem.y.dtype)) / problem.penalty.weight).amax(1, keepdim=True)
             stages = math.ceil(math.log(max(float(level.max()), 1.0)) / -math.log(CONTINUATION))
             for _ in range(stages):
@@ -114,7 +121,7 @@ class ActiveSet:
         order = size.argsort()
         ordered = size[order].tolist()
         begin = bisect_left(ordered, 1)
-        stop = bisect_right(ordered, 2 * self.atoms.shape[0])
+        stop = bisect_right(ordered, 2 * self.problem.y.shape[1])
         while begin < stop:  # faces of similar size together
             width = min(-(-ordered[begin] // 8) * 8, len(sign[0]))
             end = min(bisect_right(ordered, width), begin + max(ENTRIES // width**2, 1), stop)
@@ -166,11 +173,8 @@ class ActiveSet:
 
     def gram_of(self, where: Tensor) -> Tensor:
         """D_A' D_A for the sets A of every problem: (batch, p) -> (batch, p, p)."""
-        if self.gram is not None:
-            n = len(self.gram)
-            return self.gram.view(-1).take(where[:, :, None] * n + where[:, None, :])
-        columns = self.atoms.mT[where]  # (batch, p, m)
-        return columns @ columns.mT
+        n = len(self.gram)
+        return self.gram.view(-1).take(where[:, :, None] * n + where[:, None, :])
 
 
 def shortened(u: Tensor, d: Tensor, s: Tensor, slope: Tensor, system: Tensor) -> tuple[Tensor, Tensor]:

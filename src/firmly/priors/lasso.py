@@ -14,13 +14,14 @@ from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
 from firmly.priors.accelerated import Accelerated, largest_eigenvalue
 from firmly.priors.active_set import ActiveSet
-from firmly.priors.duality import Gap, gap_at
 from firmly.priors.penalty import Penalty, as_penalty, entries
 from firmly.priors.problem import Problem
+from firmly.priors.run import Found, run
+from firmly.priors.working_set import solve_on_working_sets
 
 CHUNK = 512  # problems at a time, so that they stay in the cache
-PATIENCE = 100  # checks without a smaller gap ...
-FLOOR = 1000  # ... that is below so many units of rounding of |y|^2 / 2: rounding is all that moves
+WIDE = 40  # atoms for each problem above which the Gram matrix of all atoms costs more than it saves
+WIDEST = 10_000  # atoms whose Gram matrix is too large to keep
 
 
 class SparseCodingStatus(Enum):
@@ -76,59 +77,36 @@ def lasso(
     if max_iterations < 1:
         raise SettingsError(f"max_iterations is at least 1, given {max_iterations}")
     problem = Problem.of(D, y, as_penalty(penalty))
-    z = None if start is None else problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
-    exact = problem.to(torch.float64)
-    largest, gram = largest_eigenvalue(exact), None
-    if isinstance(problem.D, Dense) and problem.penalty.group == 1:
-        atoms = problem.D.weight
-        gram = atoms.mT @ atoms
-    parts = []
-    for rows in torch.arange(len(y), device=y.device).split(CHUNK):
-        part, part64 = problem.rows(rows), exact.rows(rows)
-        first = (
-            torch.zeros(len(rows), entries(problem.D.domain), dtype=y.dtype, device=y.device) if z is None else z[rows]
-        )
-        if gram is not None:
-            solver = ActiveSet(part, first, largest, gram, z is None)
-        else:
-            solver = Accelerated(part, first, 1 / largest)
-        goal = (part64.y.square().sum(1) * (tol / 2)).clamp(min=absolute_tol)
-        parts.append(run(solver, part64, first, goal, max_iterations))
-    code, gap, objective, iterations, stalled, goal = (torch.cat(p) for p in zip(*parts))
-    converged = gap <= goal
+    first = torch.zeros(len(y), entries(problem.D.domain), dtype=y.dtype, device=y.device)
+    if start is not None:
+        first = problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
+    goal = (problem.y.double().square().sum(1) * (tol / 2)).clamp(min=absolute_tol)
+    found = solve(problem, first, goal, max_iterations)
+    converged = found.gap <= goal
     if bool(converged.all()):
         status = SparseCodingStatus.CONVERGED
-    elif bool((~converged & ~stalled).any()):
+    elif bool((~converged & ~found.stalled).any()):
         status = SparseCodingStatus.LIMIT
     else:
         status = SparseCodingStatus.PRECISION
-    return SparseCode(code.unflatten(1, problem.D.domain), gap, objective, converged, iterations, status)
+    code = found.code.unflatten(1, problem.D.domain)
+    return SparseCode(code, found.gap, found.objective, converged, found.iterations, status)
 
 
-def run(solver: Accelerated | ActiveSet, exact: Problem, z: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, ...]:
-    """Advance until every gap is within its goal, stands still, or the limit is reached: the best codes, their gaps,
-    objectives and iterations, and which ones stand still."""
-    code, gap, objective = z.clone(), torch.full_like(goal, math.inf), torch.full_like(goal, math.inf)
-    iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    stalled = iterations.clone()
-    floor = exact.y.square().sum(1) * (FLOOR / 2 * torch.finfo(z.dtype).eps)
-    rows, done = torch.arange(len(z), device=z.device), 0
-    while True:
-        z64 = z.double()
-        r = exact.residual(z64)
-        c = exact.correlate(r)
-        found = gap_at(exact.penalty, z64, r, c)
-        better = found.gap < gap[rows]
-        improved = rows[better]
-        code[improved], gap[improved], objective[improved] = z[better], found.gap[better], found.objective[better]
-        iterations[rows] = done
-        stalled[rows] = torch.where(better | (gap[rows] > floor[rows]), 0, stalled[rows] + 1)
-        unfinished = (gap[rows] > goal[rows]) & (stalled[rows] < PATIENCE)
-        if done >= limit or not bool(unfinished.any()):
-            return code, gap, objective, iterations, stalled >= PATIENCE, goal
-        if not bool(unfinished.all()):
-            rows, z, c, exact = rows[unfinished], z[unfinished], c[unfinished], exact.rows(unfinished)
-            found = Gap(found.objective[unfinished], found.gap[unfinished])
-            solver.keep(unfinished)
-        z, steps = solver.advance(z, found, c.to(z.dtype))
-        done += steps
+def solve(problem: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
+    """Newton's method wherever columns of D are at hand and groups have one entry, else accelerated gradients."""
+    n = z.shape[1]
+    newton = isinstance(problem.D, Dense) and problem.penalty.group == 1
+    alone = newton and (n > WIDE * len(z) or n > WIDEST)
+    atoms = problem.D.weight.detach() if newton else None
+    gram = atoms.mT @ atoms if atoms is not None and not alone else None
+    step = 1 / largest_eigenvalue(problem) if not newton else None
+    parts = []
+    for rows in torch.arange(len(z), device=z.device).split(1 if alone else CHUNK):
+        part = problem.rows(rows)
+        if alone:
+            parts.append(solve_on_working_sets(part, z[rows], goal[rows], limit))
+            continue
+        solver = ActiveSet(part, z[rows], gram) if newton else Accelerated(part, z[rows], step)
+        parts.append(run(solver, part, z[rows], goal[rows], limit))
+    return Found(*(torch.cat(p) for p in zip(*parts)))

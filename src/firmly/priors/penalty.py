@@ -53,6 +53,10 @@ class Penalty:
         """The penalty of these problems of the batch (indices or a mask)."""
         return self if len(self.weight) == 1 else self.weighing(self.weight[chosen])
 
+    def atoms(self, chosen: Tensor) -> Penalty:
+        """The penalty of these atoms (indices), for groups of one entry."""
+        return self if self.weight.shape[1] == 1 else self.weighing(self.weight[:, chosen])
+
     def to(self, dtype: torch.dtype) -> Penalty:
         return self.weighing(self.weight.to(dtype))
 

@@ -83,6 +83,8 @@ class Problem:
 def finite(what: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise DataError(f"{what} has dtype {tensor.dtype}, expected real floating-point numbers; use .float()")
+    if bool(torch.isfinite(tensor.sum())):  # one pass; an overflow is looked at again
+        return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise DataError(f"{what} has {bad} of {tensor.numel()} entries that are NaN or infinite; clean it first")
