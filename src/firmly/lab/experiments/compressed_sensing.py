@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from firmly.certificates import Gains, attack, certify, gains
-from firmly.data import Crops, Measurement, centre_crop, photographs
+from firmly.data import Crops, Measurement, catalogue, centre_crop, photographs
 from firmly.errors import ConditionError, NotCertifiable
 from firmly.lab.experiments import sensing_page
 from firmly.lab.experiments.sensing_problems import Problem, parameters, problem, total_variation
@@ -34,7 +34,8 @@ class SensingSettings:
     The rival (ISTA-Net+ or ADMM-Net) has `phases` layers of `channels` channels (twice as many for ADMM-Net), and with
     `constrained` its steps and thresholds stay in range. The certified network has `depth` layers and as many filters
     of `filter_size` pixels as give it the same number of parameters; `cap` bounds their slope (1: firmly nonexpansive
-    layers). `ratios` are further ratios to train for. `attack` is the size of the perturbation relative to the data.
+    layers). `ratios` are further ratios to train for; `scene` is the photograph that is shown. `attack` is the size of
+    the perturbation relative to the data.
     """
 
     task: Literal["blocks", "mri"] = "blocks"
@@ -45,22 +46,23 @@ class SensingSettings:
     more_noise: float = 0.05
     start_noise: float = 0.02
     phases: int = 5
-    channels: int = 12
+    channels: int = 8
     constrained: bool = False
-    depth: int = 10
-    filter_size: int = 9
+    depth: int = 20
+    filter_size: int = 5
     cap: float = 1.0
-    threshold: tuple[float, ...] = (0.1, 0.01)
+    threshold: tuple[float, ...] = (0.003, 0.001)
     crop: int = 66
     batch: int = 4
-    epochs: int = 6
+    epochs: int = 8
     steps: int = 50
     rival_rate: float = 3e-3
-    our_rate: float = 1e-2
+    our_rate: float = 2e-2
     scalar_rate: float = 3.0
     size: int = 231
     images: int = 8
-    tv_weights: tuple[float, ...] = (0.002, 0.01)
+    scene: str = "boats"
+    tv_weights: tuple[float, ...] = (0.001, 0.003)
     tv_iterations: int = 100
     ratios: tuple[float, ...] = ()
     attack: float = 0.01
@@ -146,7 +148,9 @@ def run(settings: SensingSettings, run_folder: RunFolder, listen: Listener) -> P
         networks = (rival, ours) if ratio == settings.ratio else trained(there, at, run_folder, listen, f"-{ratio:g}")
         for row in compare(there, replace(at, tv_weights=settings.tv_weights[:1]), truth, *networks):
             curves.setdefault(row.name, []).append((100 * ratio, row.psnr))
-    return sensing_page.page(settings, run_folder, truth, rows, bounds, projection, curves)
+    names = [p.name for p in catalogue() if p.split == "test"][: settings.images]
+    scene = names.index(settings.scene) if settings.scene in names else 0
+    return sensing_page.page(settings, run_folder, truth, scene, rows, bounds, projection, curves)
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -265,12 +269,12 @@ def projected(given: Problem, settings: SensingSettings, truth: Tensor, rival: n
 
 
 SMOKE = SensingSettings(
-    phases=2, channels=4, depth=3, filter_size=5, crop=33, batch=2, epochs=1, steps=4, size=66, images=2,
-    tv_weights=(0.01,), tv_iterations=10, certify_seconds=4.0,
+    phases=2, channels=4, depth=3, filter_size=4, crop=33, batch=2, epochs=1, steps=4, size=66, images=2,
+    tv_weights=(0.003,), tv_iterations=10, certify_seconds=4.0,
 )  # fmt: skip
 FULL = SensingSettings(
-    phases=9, channels=32, depth=20, filter_size=11, crop=99, batch=16, epochs=60, steps=250, rival_rate=1e-3,
-    our_rate=5e-3, tv_weights=(0.0005, 0.002, 0.005, 0.01), tv_iterations=300, ratios=(0.04, 0.1, 0.4, 0.5),
+    phases=9, channels=32, depth=50, filter_size=9, crop=99, batch=16, epochs=60, steps=250, rival_rate=1e-3,
+    our_rate=1e-2, tv_weights=(0.0003, 0.0005, 0.001, 0.002, 0.005), tv_iterations=300, ratios=(0.04, 0.1, 0.4, 0.5),
     certify_seconds=120.0,
 )  # fmt: skip
 

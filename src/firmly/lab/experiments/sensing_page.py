@@ -23,6 +23,7 @@ def page(
     settings: SensingSettings,
     run: RunFolder,
     truth: Tensor,
+    scene: int,
     rows: Sequence[Row],
     bounds: Bounds,
     projection: Projection | None,
@@ -44,7 +45,11 @@ def page(
         "certified bound": f"{certified:.3g}",
         "reached by an attack": f"{bounds.ours_attacked:.3g}",
     }
-    sections = [scores(rows, bounds, settings), pictures(run, truth, rows), certificate(bounds, rival.name, settings)]
+    sections = [
+        scores(rows, bounds, settings),
+        pictures(run, truth[scene], rows, scene),
+        certificate(bounds, rival.name, settings),
+    ]
     if projection is not None:
         sections.append(put_back(projection, rival.name))
     if curves:
@@ -94,14 +99,14 @@ def scores(rows: Sequence[Row], bounds: Bounds, settings: SensingSettings) -> Se
     return Section("Quality beside stability", "", (table,))
 
 
-def pictures(run: RunFolder, truth: Tensor, rows: Sequence[Row]) -> Section:
+def pictures(run: RunFolder, truth: Tensor, rows: Sequence[Row], scene: int) -> Section:
     size = min(DETAIL, truth.shape[-1] // 3)
-    top, left = busiest(truth[0], size)
+    top, left = busiest(truth, size)
     items = []
     for name, caption, image in [
-        ("original", "The original", truth[0]),
+        ("original", "The original", truth),
         *(
-            (f"method-{k}", f"{row.name}: {row.psnr:.2f} dB over all images", row.image[0])
+            (f"method-{k}", f"{row.name}: {row.psnr:.2f} dB over all images", row.image[scene])
             for k, row in enumerate(rows)
         ),
     ]:
@@ -109,7 +114,7 @@ def pictures(run: RunFolder, truth: Tensor, rows: Sequence[Row]) -> Section:
         enlarged = detail(image, top, left, size).repeat_interleave(2, -1).repeat_interleave(2, -2)
         run.write(f"pictures/{name}-detail.png", png(enlarged))
         items += [(f"{name}.png", caption), (f"{name}-detail.png", "a part of it, enlarged")]
-    return Section("Pictures", "", (Pictures(items),))
+    return Section("Pictures", "", (Pictures(items, columns=2),))
 
 
 def certificate(bounds: Bounds, rival: str, settings: SensingSettings) -> Section:

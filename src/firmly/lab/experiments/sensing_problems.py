@@ -87,7 +87,7 @@ def certified_network(A: LinearMap, Q: LinearMap, settings: Any, budget: int) ->
     size = settings.filter_size
     each = budget / settings.depth - 1  # besides the step
     count = max(1, min(size**2 - 1, round(each / (size**2 + 1))))
-    ridge = Ridge(dct_filters(size, count) / size, Clip(count, 1.0), cap=settings.cap, zero_mean=True)
+    ridge = Ridge(dct_filters(size, count), Clip(count, 1.0), cap=settings.cap, zero_mean=True)
     waived = ("prior",) if settings.cap > 1 else ()
     algorithm = ForwardBackward(A, GradientStep(ridge), step_size=1.0)
     network = unroll(algorithm, settings.depth, learn=("step_size", "prior"), waive=waived)
