@@ -357,9 +357,10 @@ def test_misfit_dictionaries_are_refused():
     for variant in set(VARIANTS) - set(CONVOLUTIONAL):
         with pytest.raises(SettingsError, match="a matrix"):
             lista(convolutional()[0], 2, variant)
-    for extra in ({"certified": True}, {"whitening": torch.eye(3)}):
-        with pytest.raises(SettingsError, match="bounded support"):
-            lista(convolutional()[0], 2, "alista", **extra)
+    with pytest.raises(SettingsError, match="bounded support"):
+        lista(convolutional()[0], 2, "alista", certified=True)
+    with pytest.raises(ShapeError):
+        lista(dictionary(), 2, "alista", whitening=torch.eye(3, dtype=torch.float64))
     with pytest.raises(SettingsError, match="a dictionary is"):
         lista(Gradient((1, 4, 4)), 2, "cp")
     with pytest.raises(ShapeError):

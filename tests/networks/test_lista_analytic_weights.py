@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.linear import Convolution, Dense, Gradient
 from firmly.networks import analytic_weights, analytic_whitening
-from firmly.networks.analytic_weights import convolutional_weights, energies
+from firmly.networks.analytic_weights import convolutional_weights
+from firmly.networks.whitening import atoms, energies, weights_of, whitened
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -62,7 +63,7 @@ def test_it_is_the_limit_of_projected_gradient():
 
 def test_the_layer_is_nonexpansive_up_to_the_limit_and_not_beyond(wide):
     C = analytic_whitening(wide)
-    scale = energies(wide, C).sqrt()
+    scale = energies(Dense(wide), Dense(C)).sqrt()
     linear = analytic_weights(wide).T @ wide
     whitened = C @ wide / scale
     limit = 2 / float(torch.linalg.matrix_norm(whitened, 2)) ** 2
@@ -210,6 +211,34 @@ def test_maps_get_maps_of_their_kind():
     torch.testing.assert_close(alone.kernel, convolutional_weights(d[:1, :1])[0, 0])
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_circular_whitening_is_that_of_the_matrix(channels):
+    d = kernels(5, channels, 3, 3)
+    for D in (Convolution(d, (channels, 5, 6)).T, Convolution(d.transpose(0, 1), (5, 5, 6))):
+        matrix, C = D.matrix(), analytic_whitening(D)
+        torch.testing.assert_close(C.matrix() @ C.matrix(), torch.linalg.inv(matrix @ matrix.T), atol=1e-9, rtol=0)
+        W = analytic_weights(matrix)
+        torch.testing.assert_close(weights_of(D, C).matrix(), W, atol=1e-10, rtol=0)
+        p = energies(D, C)
+        assert p.shape == (5, 1, 1)
+        torch.testing.assert_close(
+            p.expand(5, 5, 6).flatten(), energies(Dense(matrix), Dense(analytic_whitening(matrix))), atol=1e-10, rtol=0
+        )
+        expected = C.matrix() @ matrix / p.expand(5, 5, 6).flatten().sqrt()
+        torch.testing.assert_close(whitened(D, C).matrix(), expected, atol=1e-10, rtol=0)
+        smoothed = analytic_whitening(D, regularisation=0.3).matrix()
+        inverse = torch.linalg.inv(matrix @ matrix.T + 0.3 * torch.eye(len(matrix), dtype=matrix.dtype))
+        torch.testing.assert_close(smoothed @ smoothed, inverse, atol=1e-10, rtol=0)
+        torch.testing.assert_close(atoms(D).flatten(1).norm(dim=1), torch.ones(5, dtype=d.dtype), atol=1e-12, rtol=0)
+
+
+def test_frequencies_that_no_atom_has_are_left_out():
+    d = torch.tensor([[[0.5, -0.5]], [[-0.5, 0.5]]], dtype=torch.float64)  # differences: no constants
+    D = Convolution(d, (1, 8)).T
+    C = analytic_whitening(D).matrix()
+    torch.testing.assert_close(C @ C, torch.linalg.pinv(D.matrix() @ D.matrix().T), atol=1e-9, rtol=0)
+
+
 def test_equal_kernels_have_weights_although_q_is_singular():
     d = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
     d[:, 0, 1, 1] = 1
@@ -226,8 +255,10 @@ def test_what_is_refused():
         analytic_weights(zero)
     with pytest.raises(DataError, match="finite"):
         analytic_weights(torch.full((3, 4), float("nan")))
-    with pytest.raises(ShapeError, match="real matrix"):
+    with pytest.raises(ShapeError, match="matrix"):
         analytic_weights(torch.randn(3, 4, 5))
+    with pytest.raises(ShapeError, match="real matrix"):
+        analytic_whitening(torch.randn(3, 4, dtype=torch.complex64))
     with pytest.raises(SettingsError, match="regularisation"):
         analytic_weights(gaussian(4, 6), regularisation=-1.0)
     with pytest.raises(SettingsError, match="a dictionary is"):
@@ -236,3 +267,7 @@ def test_what_is_refused():
         analytic_weights(Convolution(kernels(2, 1, 3, 3), (1, 8, 8)).T, symmetric=True)
     with pytest.raises(DataError, match="not zero"):
         convolutional_weights(torch.zeros(2, 1, 3, 3))
+    with pytest.raises(SettingsError, match="use circular ones"):
+        analytic_whitening(Convolution(kernels(2, 1, 3, 3), (1, 8, 8), "zero").T)
+    with pytest.raises(SettingsError, match="matrices only"):
+        analytic_whitening(Convolution(kernels(2, 1, 3, 3), (1, 8, 8)).T, symmetric=True)

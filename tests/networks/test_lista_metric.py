@@ -11,9 +11,9 @@ import firmly as fm
 from firmly.algorithms.algorithm import number
 from firmly.errors import NotCertifiable, SettingsError
 from firmly.fixedpoint.solve import Status
-from firmly.linear import Convolution
+from firmly.linear import Convolution, Dense
 from firmly.networks import Selection, analytic_whitening, beyond_depth, in_metric, lista
-from firmly.networks.analytic_weights import energies
+from firmly.networks.whitening import energies
 
 from .test_lista import WEIGHT, data, dictionary, ista
 
@@ -111,11 +111,29 @@ def test_the_fixed_point_solves_the_weighted_lasso():
         layer.step_size = torch.tensor(0.5, dtype=torch.float64)
     z = fm.solve(layer, y, tol=1e-13, max_iterations=100_000).x
     D, C = net.shared.D.weight, analytic_whitening(dictionary(M, N))
-    p, weight = energies(D, C), number(layer.prior.weight) / 0.5
+    p, weight = energies(Dense(D), Dense(C)), number(layer.prior.weight) / 0.5
     slope = (C.T @ (C @ (D @ z.T - y.T))).T @ D  # gradient of 1/2 |C (D z - y)|^2
     assert ((slope.abs() - p * weight).clamp(min=0)).max() < 1e-10
     active = z != 0
     torch.testing.assert_close(slope[active], (-(p * weight) * z.sign())[active], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_circular_convolutions_have_the_metric_too(rule):
+    kernel = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    D = Convolution(kernel, (1, 6, 8)).T
+    whitening = analytic_whitening(D)
+    net = lista(D, 3, "alista", WEIGHT, selection=rule, whitening=whitening, certified=True)
+    y = torch.randn(20, 1, 6, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    view = in_metric(net)
+    torch.testing.assert_close(net(y), view.network(view.whitening(y)) / view.scale, atol=1e-10, rtol=0)
+    flat = in_metric(lista(D.matrix(), 3, "alista", WEIGHT, selection=rule, certified=True))
+    assert flat.network.layers[0].rule("step_size").high == pytest.approx(net.layers[0].limit, rel=1e-9)
+    certificate = fm.certify(view.network, budget_s=3)
+    assert certificate.basis.name == "fourier" and certificate.lower <= certificate.upper
+    moved = y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=y.dtype)
+    change = (net(moved) - net(y)).flatten(1).norm(dim=1)
+    assert bool((change <= view.euclidean(certificate.upper) * (moved - y).flatten(1).norm(dim=1)).all())
 
 
 def test_what_has_no_metric_is_refused():

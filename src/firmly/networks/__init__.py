@@ -2,7 +2,7 @@
 
 from firmly.networks.admm_net import AdmmNet
 from firmly.networks.alista_metric import in_metric
-from firmly.networks.analytic_weights import analytic_weights, analytic_whitening
+from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
@@ -15,6 +15,7 @@ from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import Unrolled, unroll
 from firmly.networks.warm_start import WarmStart
+from firmly.networks.whitening import analytic_whitening
 
 __all__ = [
     "AdmmNet",

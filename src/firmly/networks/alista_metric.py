@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from firmly.algorithms.forward_backward import ForwardBackward
 from firmly.errors import NotCertifiable
-from firmly.linear.dense import Dense
-from firmly.networks.analytic_weights import dense_weights, energies
+from firmly.linear.algebra import Scale
+from firmly.linear.map import LinearMap
 from firmly.networks.lista_layers import ResidualLayer
 from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import ContinuousSelection, HardSelection
+from firmly.networks.whitening import energies, weights_of, whitened
 from firmly.prox.l1 import L1
 from firmly.prox.prior import Prior
 
@@ -22,7 +24,7 @@ class InMetric(NamedTuple):
     """net(y) = network(whitening(y)) / scale: the same network between other coordinates of data and code."""
 
     network: SparseNetwork
-    whitening: Dense
+    whitening: LinearMap
     scale: Tensor
 
     def euclidean(self, bound: float) -> float:
@@ -42,31 +44,31 @@ def in_metric(net: SparseNetwork) -> InMetric:
     2 / |F|^2 = 2 / lambda_max(W* D). Its Euclidean certificates are certificates of `net` in the norms |C y| of data
     and (sum p_i z_i^2)^(1/2) of codes, and its conditions are those of the layers. Derived in docs/lista.
 
-    Raises `NotCertifiable` for other variants, for convolutional dictionaries, whose localised weights are self-adjoint
-    in no such metric, for published support selection, and for weights W that are not the analytic ones (any more).
+    Raises `NotCertifiable` for other variants, for convolutional weights of bounded support, which are self-adjoint in
+    no such metric, for published support selection, and for weights W that are not the analytic ones (any more).
     Stored weights are analytic up to rounding: the network that is returned, and certified, has the exact ones.
     """
-    shared = net.shared
-    if net.variant != "alista" or not isinstance(getattr(shared, "whitening", None), Dense):
+    if net.variant != "alista" or not hasattr(net.shared, "whitening"):
         raise NotCertifiable(
-            f"only ALISTA with a matrix as dictionary is forward-backward in a metric, given {net.variant!r}; "
-            "certify(net) bounds the network as it is, in Euclidean norms"
+            f"only ALISTA with a whitening is forward-backward in a metric, given {net.variant!r} without one: "
+            "certify(net) bounds the network as it is, in Euclidean norms; for circular convolutions there is "
+            "lista(D, depth, 'alista', whitening=analytic_whitening(D))"
         )
-    D, W, C = (getattr(shared, name).weight.detach().double().cpu() for name in ("D", "W", "whitening"))
-    deviation = float((dense_weights(D, C) - W).norm() / W.norm())
-    if not deviation < 1e-5:
+    shared = copy.deepcopy(net.shared).double().cpu()
+    D, C = shared.D, shared.whitening
+    drift = (weights_of(D, C) + Scale(-1.0, shared.W)).norm().upper / shared.W.norm().upper
+    if not drift < 1e-5:
         raise NotCertifiable(
-            f"the weights W differ from the analytic ones by {deviation:.3g} of their norm: the metric is not theirs"
+            f"the weights W differ from the analytic ones by {drift:.3g} of their norm: the metric is not theirs"
         )
-    scale = energies(D, C).sqrt()
-    F = Dense(C @ D / scale)
+    scale, F = energies(D, C).sqrt(), whitened(D, C)
     layers = [forward_backward(F, layer, scale) for layer in net.layers]
     common = nn.Module()
     common.D = F
-    return InMetric(SparseNetwork(layers, common, "alista in its metric"), Dense(C), scale)
+    return InMetric(SparseNetwork(layers, common, "alista in its metric"), C, scale)
 
 
-def forward_backward(F: Dense, layer: nn.Module, scale: Tensor) -> ForwardBackward:
+def forward_backward(F: LinearMap, layer: nn.Module, scale: Tensor) -> ForwardBackward:
     if not isinstance(layer, ResidualLayer):
         raise NotCertifiable(f"a layer of ALISTA is a ResidualLayer, given {type(layer).__name__}")
     step = float(layer.step_size)

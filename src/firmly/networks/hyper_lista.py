@@ -11,11 +11,11 @@ from firmly.algorithms.fista import FistaState
 from firmly.errors import NotCertifiable, ShapeError
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
-from firmly.networks.analytic_weights import analytic_whitening, dense_weights
 from firmly.networks.lista_layers import zeros
 from firmly.networks.lista_variants import Parts, Problem
 from firmly.networks.positive import Positive
 from firmly.networks.support_selection import hard_selection
+from firmly.networks.whitening import analytic_whitening, weights_of
 
 START = (5e-3, 1e-3, 10.0)
 
@@ -81,13 +81,12 @@ class HyperLayer(Algorithm):
         return []
 
 
-def hyper(problem: Problem, whitening: Tensor | None) -> Parts:
+def hyper(problem: Problem, whitening: Tensor | LinearMap | None) -> Parts:
     """HyperLISTA, with constants in the range that its authors search."""
-    D = problem.values
-    C = analytic_whitening(D) if whitening is None else whitening.to(D)
+    C = analytic_whitening(problem.D) if whitening is None else whitening
     shared = {
-        "W": Dense(dense_weights(D, C)),
-        "inverse": Dense(torch.linalg.pinv(D.double()).to(D)),
-        "constants": HyperConstants(D.new_tensor(START)),
+        "W": weights_of(problem.D, Dense(C) if isinstance(C, Tensor) else C),
+        "inverse": Dense(torch.linalg.pinv(problem.values.double()).to(problem.values)),
+        "constants": HyperConstants(problem.values.new_tensor(START)),
     }
     return [HyperLayer(problem.D, *shared.values()) for _ in range(problem.depth)], shared

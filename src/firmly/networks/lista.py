@@ -30,7 +30,7 @@ def lista(
     variant: Variant = "alista",
     weight: float = 0.4,
     selection: Selection | None = PUBLISHED,
-    whitening: Tensor | None = None,
+    whitening: Tensor | LinearMap | None = None,
     certified: bool = False,
 ) -> SparseNetwork:
     """A network of `depth` layers z <- R(z + g W*(y - D z)) from z = 0, for sparse codes z of data y = D z.
@@ -50,8 +50,9 @@ def lista(
     "ss" and "cpss" are "lista" and "cp" with the support selection that "ti" and "alista" have as well: `selection` is
     its rule, and None leaves it out. With it, and with analytic weights, the untrained network is not ISTA.
     `whitening`, for "alista" and "hyper", stands for other analytic weights: `analytic_whitening(D, regularisation,
-    symmetric)`. Steps and thresholds stay positive whatever the optimiser does; with `certified`, for "step" and
-    "alista", every step stays in the interval where its layer is nonexpansive (docs/lista).
+    symmetric)`; circular convolutions have one, too, whose weights are as large as the grid. Steps and thresholds stay
+    positive whatever the optimiser does; with `certified`, for "step" and "alista", every step stays in the interval
+    where its layer is nonexpansive (docs/lista).
 
     Convolutional dictionaries have the variants step, cp, cpss, coupled, ti and alista. Raises `SettingsError` for what
     does not fit together, `DataError` for atoms that are zero or not finite.
@@ -81,7 +82,7 @@ def lista(
     return SparseNetwork(layers, shared, variant)
 
 
-def parts(problem: Problem, variant: Variant, whitening: Tensor | None, certified: bool) -> variants.Parts:
+def parts(problem: Problem, variant: Variant, whitening: Tensor | LinearMap | None, certified: bool) -> variants.Parts:
     match variant:
         case "step":
             return variants.step(problem, certified)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -15,14 +16,7 @@ from firmly.algorithms.forward_backward import ForwardBackward
 from firmly.errors import SettingsError
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
-from firmly.networks.analytic_weights import (
-    analytic_weights,
-    analytic_whitening,
-    convolution_of,
-    dense_weights,
-    energies,
-    like,
-)
+from firmly.networks.analytic_weights import analytic_weights, like
 from firmly.networks.lista_layers import (
     OperatorLayer,
     ResidualLayer,
@@ -33,6 +27,7 @@ from firmly.networks.lista_layers import (
 )
 from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import unroll
+from firmly.networks.whitening import analytic_whitening, convolution_of, energies, weights_of, whitened
 from firmly.prox.l1 import L1
 from firmly.prox.prior import Prior
 
@@ -121,29 +116,30 @@ def tied_weights(problem: Problem) -> Parts:
     return [layer(k) for k in range(problem.depth)], {"W": W}
 
 
-def analytic(problem: Problem, whitening: Tensor | None, certified: bool) -> Parts:
+def analytic(problem: Problem, whitening: Tensor | LinearMap | None, certified: bool) -> Parts:
     """ALISTA: Liu, Chen, Wang and Yin, ALISTA: analytic weights are as good as learned weights, 2019, equation 7."""
-    D, metric, limit, common = problem.D, None, None, {}
-    if isinstance(D, Dense):
-        C = analytic_whitening(problem.values) if whitening is None else whitening.to(problem.values)
-        metric = energies(problem.values, C)
-        limit = 2 / norm(Dense((C @ problem.values / metric.sqrt()).double())) ** 2
-        W: LinearMap = Dense(dense_weights(problem.values, C))
-        common = {"whitening": Dense(C)}
-    elif certified or whitening is not None:
+    D, metric, limit = problem.D, None, None
+    C = Dense(whitening) if isinstance(whitening, Tensor) else whitening
+    if C is None and isinstance(D, Dense):
+        C = analytic_whitening(D)
+    if C is not None:
+        C = copy.deepcopy(C).to(problem.values)
+        metric, limit = energies(D, C), 2 / norm(whitened(D, C)) ** 2
+        shared = {"W": weights_of(D, C), "whitening": C}
+    elif certified:
         raise SettingsError(
-            "convolutional analytic weights have a bounded support: no whitening belongs to them and no interval of "
-            "certified steps is known; leave out whitening and certified"
+            "no interval of certified steps is known for convolutional weights of bounded support; for circular "
+            "convolutions give whitening=analytic_whitening(D), or leave out certified"
         )
     else:
-        W = analytic_weights(D)
+        shared = {"W": analytic_weights(D)}
     start = 1.0 if not certified or limit is None or limit > 1 else 0.9 * limit
 
     def layer(k: int) -> Algorithm:
         prior = problem.threshold(k, problem.number(problem.weight / problem.lipschitz), metric)
-        return learn_step(ResidualLayer(D, W, prior, problem.number(start), limit), certified)
+        return learn_step(ResidualLayer(D, shared["W"], prior, problem.number(start), limit), certified)
 
-    return [layer(k) for k in range(problem.depth)], {"W": W, **common}
+    return [layer(k) for k in range(problem.depth)], dict(shared)
 
 
 def operators(problem: Problem, tied: bool) -> Parts:
