@@ -20,8 +20,8 @@ from firmly.lab.pictures import png
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import require
 from firmly.lab.study import Listener, Study
-from firmly.lab.weights import pack
-from firmly.priors import KSvd, Learned, Online, SparseModel, Unrolled, learn_dictionary, omp
+from firmly.lab.weights import pack, unpack
+from firmly.priors import KSvd, Online, SparseModel, Unrolled, learn_dictionary, omp
 from firmly.priors.learning import Method
 from firmly.priors.patches import cosine_dictionary, image_from, patches_of
 
@@ -62,11 +62,12 @@ class DictionarySettings:
 
 
 class Trained(NamedTuple):
-    """A dictionary, how it was learned, and its error on patches that it has not seen."""
+    """A dictionary, what learning it took, and its error on patches that it has not seen."""
 
     name: str
     dictionary: Tensor
-    learned: Learned | None
+    seconds: float | None
+    replaced: int | None
     error: float
 
 
@@ -77,8 +78,7 @@ def run(settings: DictionarySettings, run: RunFolder, listen: Listener) -> Page:
     generator = torch.Generator().manual_seed(settings.seed)
     train = unit_patches(photographs("train"), settings.patches, generator)
     held_out = unit_patches(photographs("validation"), 2000, generator)
-    found = learn_all(settings, train, held_out, tell)
-    run.write("weights/dictionaries.safetensors", pack({t.name: t.dictionary for t in found}, {"kind": "dictionaries"}))
+    found = learn_all(settings, run, train, held_out, tell)
     atoms = atoms_section(settings, run, found)
     denoising, best, tv_score = denoising_section(settings, run, found, generator, tell)
     toy = toys.gradient_toy(settings.seed, settings.signals)
@@ -112,7 +112,10 @@ def unit_patches(images: list[Tensor], count: int, generator: torch.Generator) -
     return kept[torch.randperm(len(kept), generator=generator)[:count]]
 
 
-def learn_all(settings: DictionarySettings, train: Tensor, held_out: Tensor, tell: toys.Tell) -> list[Trained]:
+def learn_all(
+    settings: DictionarySettings, run: RunFolder, train: Tensor, held_out: Tensor, tell: toys.Tell
+) -> list[Trained]:
+    """All dictionaries; those that the run folder has already are taken from there."""
     few = train[: max(100, settings.patches // 10)]
     batches = [-(-len(train) // size) for size in (1024, 256)]
     early = settings.iterations // 2  # K-SVD goes through mini-batches first
@@ -124,15 +127,23 @@ def learn_all(settings: DictionarySettings, train: Tensor, held_out: Tensor, tel
          2 * settings.iterations),
     ]  # fmt: skip
     cosine = cosine_dictionary(SIZE, settings.atoms).to(train.dtype)
-    found = [Trained("cosine", cosine, None, held_out_error(cosine, held_out, settings.sparsity))]
+    found = [Trained("cosine", cosine, None, None, held_out_error(cosine, held_out, settings.sparsity))]
     for name, method, data, iterations, total in jobs:
 
         def say(k: int, dictionary: Tensor, objective: float, name=name, total=total) -> None:
             tell(f"learning, {name}", k, total)
 
-        learned = learn_dictionary(data, method, start=cosine, iterations=iterations, seed=settings.seed, callback=say)
-        error = held_out_error(learned.dictionary, held_out, settings.sparsity)
-        found.append(Trained(name, learned.dictionary, learned, error))
+        path = run / f"weights/{name}.safetensors"
+        if not path.exists():
+            learned = learn_dictionary(
+                data, method, start=cosine, iterations=iterations, seed=settings.seed, callback=say
+            )
+            header = {"kind": "dictionary", "seconds": learned.seconds, "replaced": learned.replaced}
+            run.write(f"weights/{name}.safetensors", pack({"dictionary": learned.dictionary}, header))
+        tensors, header = unpack(path)
+        dictionary = tensors["dictionary"]
+        error = held_out_error(dictionary, held_out, settings.sparsity)
+        found.append(Trained(name, dictionary, header["seconds"], header["replaced"], error))
     return found
 
 
@@ -143,10 +154,8 @@ def held_out_error(dictionary: Tensor, patches: Tensor, sparsity: int) -> float:
 
 def atoms_section(settings: DictionarySettings, run: RunFolder, found: list[Trained]) -> Section:
     rows, pictures = [], []
-    for name, dictionary, learned, error in found:
-        spent = "" if learned is None else f"{learned.seconds:.1f}"
-        replaced = None if learned is None else learned.replaced
-        rows.append((name, 100 * error, spent, replaced))
+    for name, dictionary, seconds, replaced, error in found:
+        rows.append((name, 100 * error, seconds, replaced))
         run.write(f"pictures/atoms-{name}.png", png(tiles(dictionary)))
         pictures.append((f"atoms-{name}.png", name))
     table = Table(
