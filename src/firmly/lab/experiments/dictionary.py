@@ -138,6 +138,7 @@ def learn_all(
             learned = learn_dictionary(
                 data, method, start=cosine, iterations=iterations, seed=settings.seed, callback=say
             )
+            learned = toys.whole(learned)
             header = {"kind": "dictionary", "seconds": learned.seconds, "replaced": learned.replaced}
             run.write(f"weights/{name}.safetensors", pack({"dictionary": learned.dictionary}, header))
         tensors, header = unpack(path)

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from firmly.lab.charts import Line
 from firmly.linear import Dense
-from firmly.priors import Alternating, Operators, SparseModel, Unrolled, lasso, learn_dictionary, recovery
-from firmly.priors.learning import normalised
+from firmly.priors import Alternating, Learned, Operators, SparseModel, Unrolled, lasso, learn_dictionary, recovery
+from firmly.priors.learning import Status, normalised
 
 WEIGHT = 0.1
 VARIANTS = {"none": 0, "all steps": None, "last 50": 50, "last 20": 20}  # that the gradient goes through
 Tell = Callable[[str, int, int], None]
+
+
+def whole(learned: Learned) -> Learned:
+    """The result, unless Ctrl-C cut learning short: then the study ends as well."""
+    if learned.status is Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    return learned
 
 
 class Toy(NamedTuple):
@@ -86,7 +93,7 @@ def recoveries(toy: Toy, rounds: int, tell: Tell) -> list[Recovered]:
             scores.append((k, recovery(dictionary, toy.truth)))
             tell(f"recovery, {name}", k, rounds)
 
-        learned = learn_dictionary(toy.signals, method, start=start, iterations=rounds, callback=keep)
+        learned = whole(learn_dictionary(toy.signals, method, start=start, iterations=rounds, callback=keep))
         found.append(Recovered(name, scores, learned.objectives[-1]))
     return found
 
@@ -129,9 +136,8 @@ def operators_toy(
         def say(k: int, dictionary: Tensor, objective: float, index=index) -> None:
             tell("several operators", index * rounds + k, len(counts) * rounds)
 
-        learned = learn_dictionary(
-            data, Alternating(model, blind=blind > 0), start=start, iterations=rounds, callback=say
-        ).dictionary
+        method = Alternating(model, blind=blind > 0)
+        learned = whole(learn_dictionary(data, method, start=start, iterations=rounds, callback=say)).dictionary
         found.append(
             Seen(count, blind, recovery(learned, truth), _cosine(hidden, learned, truth), _cosine(hidden, start, truth))
         )
