@@ -120,10 +120,9 @@ def _above(cost: Tensor, bound: Tensor, last: Tensor, longest: int) -> Tensor:
     low, high = torch.where(first, start, -bound), torch.where(first, start, bound)
     clipped = _clip_scan(cost, low, high, longest)
     m = cost + torch.where(first, 0.0, clipped.roll(1))
-    decided = last | (m.abs() > bound)
-    index = torch.arange(len(cost), device=cost.device)
-    following = torch.where(decided, index, len(cost)).flip(0).cummin(0).values.flip(0)
-    return (m < 0)[following]
+    decided = (last | (m.abs() > bound)).nonzero()[:, 0]
+    until = torch.diff(decided, prepend=decided.new_tensor([-1]))
+    return (m[decided] < 0).repeat_interleave(until, output_size=len(cost))
 
 
 def _clip_scan(shift: Tensor, low: Tensor, high: Tensor, longest: int) -> Tensor:
