@@ -143,7 +143,7 @@ def test_convolutions_against_their_matrix(spatial):
     net = layer(3, 2, 2, 0.5, spatial=spatial)
     U, W = net.input_map.matrix().detach(), net.loop.matrix().detach()
     n = len(W)
-    fourier = certify(net, method="spectral", tolerance=1e-6, budget_s=5)
+    fourier = certify(net, method="spectral", tolerance=1e-6)
     assert fourier.basis.name == "fourier" and verify(fourier, net)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_convolutions_against_their_matrix(spatial):
     dense.loop = Monotone(Dense(net.loop.A.matrix().detach()), 0.5, Dense(net.loop.B.matrix().detach()))
     assert torch.allclose(dense.loop.matrix(), W)
     blocks = blocks_of(trace(dense, dense.inputs, ("data",)))
-    assert fourier.upper == pytest.approx(spectral(blocks, per_channel=True, tolerance=1e-7), rel=1e-4)
+    assert fourier.upper == pytest.approx(spectral(blocks, per_channel=True, tolerance=1e-7), rel=1e-3)
     if n <= 12:
         assert enumerated(W, U) <= fourier.upper
     assert fourier.upper < net.lipschitz_bound()
@@ -215,6 +215,7 @@ def test_a_certificate_belongs_to_its_loop():
         verify(cert, net)
 
 
+@torch.no_grad()
 def test_forgotten_loops_would_be_seen():
     """The same multipliers without the feedback prove a smaller number: the loop is really in the inequality."""
     net = layer(4, 3, 4, 0.1)
@@ -250,7 +251,7 @@ def test_gains_of_groups_of_inputs():
 
 def test_the_solution_of_a_monotone_loop_is_firmly_nonexpansive():
     square = loop_only(Monotone(Dense(torch.tensor([[1.0, 0.3], [0.0, 0.8]], **double)), 1.0), NonNegative())
-    known = averagedness(square, wrt="data", shape=(2,), budget_s=2)
+    known = averagedness(square, wrt="data", shape=(2,), budget_s=30)
     assert known.lower <= known.alpha <= 0.5 * (1 + 1e-6)
 
 

@@ -102,6 +102,17 @@ def test_errors_of_symbols_enter_the_proof():
     assert 2.002 <= found <= 2.02
 
 
+@pytest.mark.parametrize("method", ["spectral", "lipsdp", "exact", "auto"])
+def test_no_upper_end_below_the_truth_is_accepted_however_little(method):
+    """The exact constant is 0.5, and what is reported is proved strictly."""
+    net = nn.Sequential(Diagonal([1, 0.5]), nn.ReLU(), Diagonal([0.5, 1]))
+    cert = certify(net, shape=(2,), method=method, tolerance=1e-9)
+    assert 0.5 <= cert.upper and verify(cert, net)
+    cert.upper = 0.5 * (1 - 1e-12)
+    with pytest.raises(VerificationError, match="does not hold"):
+        verify(cert, net)
+
+
 # -- whole certificates --------------------------------------------------------------------------------------------
 
 

@@ -60,9 +60,10 @@ def certify(
     is_complex = any(m.is_complex for m in net.modules() if isinstance(m, LinearMap))
     net = copy.deepcopy(net).double().cpu()
     system = trace(net, inputs, names, is_complex)
+    deadline = time.monotonic() + budget_s
     choice, basis, blocked, relaxations = represent(system)
     family = Family(blocked, basis)
-    problem = Problem(system, choice, family, relaxations, tolerance, time.monotonic() + budget_s, solver)
+    problem = Problem(system, choice, family, relaxations, tolerance, deadline, solver)
     attained = lower_bound(net, inputs, names, is_complex, choice, family, max(0.2 * budget_s, 1.0))
     proofs = upper_bounds(problem, method, attained.ratio)
     best = min(proofs, key=lambda proof: proof.bound.value)

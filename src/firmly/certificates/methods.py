@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -26,7 +26,7 @@ from firmly.certificates.pencil import pencil
 from firmly.certificates.representation import BasisChoice
 from firmly.certificates.spectral import minimise_rho
 from firmly.certificates.system import System
-from firmly.certificates.verify import certified_gain
+from firmly.certificates.verify import ROOM, certified_gain
 from firmly.errors import NotCertifiable
 
 MANY = 250  # multipliers from which 'auto' takes one per layer first, in case the time is short
@@ -162,16 +162,23 @@ def automatic(problem: Problem) -> Iterator[str]:
 def upper_bounds(problem: Problem, method: str, lower: float) -> list[Proof]:
     """The proofs of the method asked for, or of those that 'auto' tries until the gap is closed or time is up."""
     if method != "auto":
-        return [METHODS[method](problem)]
+        return [reported(METHODS[method](problem))]
     for name in automatic(problem):
+        if problem.remaining < 0 and problem.known and name not in NORM_BOUNDS:  # which take little
+            break
         try:
             problem.known.append(METHODS[name](problem))
         except NotCertifiable:
             continue
         best = min(p.bound.value for p in problem.known)
-        if best <= lower * (1 + problem.tolerance) or problem.remaining < 0:
+        if best <= lower * (1 + problem.tolerance):
             break
-    return problem.known
+    return [reported(proof) for proof in problem.known]
+
+
+def reported(proof: Proof) -> Proof:
+    """The proof of a bound that is large enough to be proved again with other rounding."""
+    return replace(proof, bound=replace(proof.bound, value=proof.bound.value * ROOM))
 
 
 def spectral_bound(family: Family, per_channel: bool, tolerance: float, budget_s: float) -> tuple[Bound, Tensor]:
@@ -196,6 +203,7 @@ def spectral_bound(family: Family, per_channel: bool, tolerance: float, budget_s
         proved = certified_gain(family, trial, per_channel)
         if proved < value:
             value, mu = proved, trial
-        if value <= math.sqrt(found.rho) * (1 + 10 * tolerance):
+        late = time.perf_counter() - started > budget_s and value < math.inf
+        if late or value <= math.sqrt(found.rho) * (1 + 10 * tolerance):
             break
     return Bound("spectral", value, time.perf_counter() - started, note), mu

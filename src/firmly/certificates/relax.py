@@ -26,7 +26,6 @@ from firmly.linear.basis import Basis, Fourier
 from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.mask import Diagonal
 from firmly.linear.resolvent import Resolvent
-from firmly.linear.symbol import Symbol
 from firmly.prox.prior import Slope
 
 
@@ -233,15 +232,19 @@ class Relaxation:
 
     def is_diagonal(self, linear_map: LinearMap) -> bool:
         if id(linear_map) not in self._direct:
-            try:
-                symbol: Symbol | None = linear_map.symbol(self.basis)
-            except NotDiagonal:
-                symbol = None
-            self._direct[id(linear_map)] = symbol is not None
+            self._direct[id(linear_map)] = is_diagonal(linear_map, self.basis)
         return self._direct[id(linear_map)]
 
     def codomain_of(self, term: Term) -> tuple[int, ...]:
         return term.inner.codomain if term.inner is not None else self.new.nodes[term.value].shape
+
+
+def is_diagonal(linear_map: LinearMap, basis: Basis) -> bool:
+    try:
+        linear_map.symbol(basis)
+    except NotDiagonal:
+        return False
+    return True
 
 
 def spectrum(linear_map: LinearMap) -> Slope:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from firmly.certificates.pencil import Pencil
 
-
 SMALLEST = 1e-200
 """Of the multipliers for an output of zeros, so that they prove a bound that is almost zero."""
 
