@@ -130,6 +130,47 @@ def test_a_batch_is_its_problems():
         torch.testing.assert_close(alone.objective[0], together.objective[i], rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("name", ["l1", "one weight for each atom", "elastic net", "non-negative"])
+def test_many_atoms_go_through_working_sets(name):
+    D, y = normal(40, 1500), normal(2, 40, seed=1)
+    weights = 6 + normal(1500, seed=2).abs()
+    penalty = {
+        "l1": Penalty(torch.tensor([[6.0], [2.0]], dtype=F64)),
+        "one weight for each atom": Penalty(weights),
+        "elastic net": Penalty(6.0, curvature=0.5),
+        "non-negative": Penalty(2.0, nonnegative=True),
+    }[name]
+    found = lasso(D, y, penalty, tol=1e-12)
+    assert found.status is SparseCodingStatus.CONVERGED and ((found.code != 0).sum(1) > 5).all()
+    gap = duality_gap(D, y, penalty, found.code)
+    assert (gap.gap <= 2e-12 * y.square().sum(1) / 2).all()
+    torch.testing.assert_close(gap.objective, found.objective, rtol=1e-12, atol=0)
+    # the same problems among so many others that the Gram matrix of all atoms pays
+    weights = penalty.on(y, 1500).weight.expand(2, -1).repeat(20, 1)
+    many = lasso(D, y.repeat(20, 1), penalty.weighing(weights), tol=1e-12)
+    torch.testing.assert_close(many.objective[:2], found.objective, rtol=1e-10, atol=0)
+    warm = lasso(D, y, penalty, tol=1e-11, start=found.code)
+    assert (warm.iterations == 0).all()
+
+
+def test_working_sets_in_single_precision():
+    D, y = normal(40, 1500).float(), normal(1, 40, seed=1).float()
+    assert lasso(D, y, 4.0).status is SparseCodingStatus.CONVERGED
+    assert lasso(D, y, 4.0, tol=1e-14).status is SparseCodingStatus.PRECISION
+    assert lasso(D, y, 0.5, tol=1e-12, max_iterations=3).status is SparseCodingStatus.LIMIT
+
+
+@pytest.mark.parametrize("atoms", [60, 3000])
+def test_the_objective_is_that_of_scikit_learn(atoms):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    D, y = normal(50, atoms), normal(1, 50, seed=1)
+    w = float(0.1 * weight_max(D, y))
+    found = lasso(D, y, w, tol=1e-12)
+    peer = linear_model.Lasso(alpha=w / 50, fit_intercept=False, tol=1e-12, max_iter=10**6).fit(D.numpy(), y[0].numpy())
+    theirs = duality_gap(D, y, w, torch.from_numpy(peer.coef_)[None]).objective
+    torch.testing.assert_close(found.objective, theirs, rtol=1e-8, atol=0)
+
+
 def test_a_batch_of_more_than_a_chunk_with_a_start():
     D, y = normal(8, 12), normal(1100, 8, seed=1)
     cold = lasso(D, y, 1.0, tol=1e-12)

@@ -11,7 +11,7 @@ from torch import Tensor
 from firmly.priors.duality import Gap, gap_at
 from firmly.priors.problem import Problem
 
-PATIENCE = 100  # checks without a smaller gap ...
+PATIENCE = 30  # checks without a smaller gap ...
 FLOOR = 1000  # ... that is below so many units of rounding of |y|^2 / 2: rounding is all that moves
 
 

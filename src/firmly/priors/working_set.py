@@ -12,10 +12,11 @@ from firmly.linear.dense import Dense
 from firmly.priors.active_set import ActiveSet
 from firmly.priors.duality import gap_at
 from firmly.priors.problem import Problem
-from firmly.priors.run import PATIENCE, Found, rounding_floor, run
+from firmly.priors.run import Found, rounding_floor, run
 
 FIRST = 100  # atoms in the first working set
 JOINING = 8  # atoms that join a face in the first round
+PATIENCE = 3  # rounds without a smaller gap where rounding is all that moves
 INNER = 0.1  # gap of a working set, relative to that of the whole problem
 
 
@@ -43,8 +44,8 @@ def solve_on_working_sets(problem: Problem, z: Tensor, goal: Tensor, limit: int)
             best, waited = best._replace(code=z, gap=found.gap, objective=found.objective), 0
         elif bool(best.gap <= floor):
             waited += 1
-        if done >= limit or bool(best.gap <= goal) or waited > PATIENCE:
-            stalled = torch.full_like(goal, waited > PATIENCE).bool()
+        if done >= limit or bool(best.gap <= goal) or waited == PATIENCE:
+            stalled = torch.full_like(goal, waited == PATIENCE).bool()
             return best._replace(iterations=best.iterations + done, stalled=stalled)
         violation = (exact.penalty.pull(c) / exact.penalty.weight)[0]
         violation[inside] = 0
