@@ -150,6 +150,16 @@ def test_what_has_no_metric_is_refused():
         in_metric(changed)
 
 
+def test_limits_follow_the_weights():
+    one, other = (lista(dictionary(M, N, seed), 2, "alista", WEIGHT, certified=True) for seed in (0, 1))
+    limits = [net.layers[0].limit for net in (one, other)]
+    assert limits[0] != pytest.approx(limits[1])
+    one.load_state_dict(other.state_dict())
+    assert one.layers[0].limit == limits[1] and one.conditions()[1][0].holds
+    y = data(5, M)
+    torch.testing.assert_close(one(y), other(y), atol=1e-15, rtol=0)
+
+
 def test_single_precision_is_certified_in_double():
     net = lista(dictionary(M, N).float(), 3, "alista", WEIGHT, selection=None)
     view = in_metric(net)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from firmly.algorithms.algorithm import Algorithm, Condition, Rule, Scalar
+from firmly.algorithms.certified import norm
 from firmly.algorithms.fista import FistaState
 from firmly.algorithms.forward_backward import ForwardBackwardState
 from firmly.linear.algebra import Identity, Scale
@@ -21,8 +22,8 @@ class ResidualLayer(Algorithm):
     """z <- R(z + g W*(y - D z)), or R(z + g H W*(y - D z)) with a preconditioner H.
 
     The weights W, a map from codes to data as D is, stand in the place of the dictionary D. R is the prox of `prior`
-    with unit step: a soft threshold, or a support selection. `limit` is the end of the interval (0, limit) of steps g
-    in which the argument of R is known to be nonexpansive, in some metric, None where nothing is known.
+    with unit step: a soft threshold, or a support selection. `whitened` is a map F, if one is known, for which W* D and
+    F* F are similar: then the argument of R is nonexpansive in some metric for 0 < g < `limit` = 2 / |F|^2.
     """
 
     learnable = ("step_size",)
@@ -33,16 +34,16 @@ class ResidualLayer(Algorithm):
         W: LinearMap,
         prior: Prior,
         step_size: Scalar = 1.0,
-        limit: float | None = None,
         preconditioner: LinearMap | None = None,
+        whitened: LinearMap | None = None,
     ):
         super().__init__()
         self.D = D
         self.W = W
         self.prior = prior
         self.preconditioner = preconditioner
+        self.whitened = whitened
         self.step_size = step_size
-        self.limit = limit
         self.data_shape, self.image_shape = D.codomain, D.domain
 
     def start(self, y: Tensor, x: Tensor | None = None) -> ForwardBackwardState:
@@ -65,6 +66,11 @@ class ResidualLayer(Algorithm):
 
     def read(self, state: ForwardBackwardState) -> Tensor:
         return state.x
+
+    @property
+    def limit(self) -> float | None:
+        """The end of the interval of steps, from a certified norm, None where no F is known."""
+        return None if self.whitened is None else 2 / norm(self.whitened) ** 2
 
     def rule(self, name: str, free: Sequence[str] = ()) -> Rule:
         limit = float("inf") if self.limit is None else self.limit

@@ -118,14 +118,15 @@ def tied_weights(problem: Problem) -> Parts:
 
 def analytic(problem: Problem, whitening: Tensor | LinearMap | None, certified: bool) -> Parts:
     """ALISTA: Liu, Chen, Wang and Yin, ALISTA: analytic weights are as good as learned weights, 2019, equation 7."""
-    D, metric, limit = problem.D, None, None
+    D, metric = problem.D, None
     C = Dense(whitening) if isinstance(whitening, Tensor) else whitening
     if C is None and isinstance(D, Dense):
         C = analytic_whitening(D)
+    shared: dict[str, LinearMap] = {}
     if C is not None:
         C = copy.deepcopy(C).to(problem.values)
-        metric, limit = energies(D, C), 2 / norm(whitened(D, C)) ** 2
-        shared = {"W": weights_of(D, C), "whitening": C}
+        metric = energies(D, C)
+        shared = {"W": weights_of(D, C), "whitening": C, "whitened": whitened(D, C)}
     elif certified:
         raise SettingsError(
             "no interval of certified steps is known for convolutional weights of bounded support; for circular "
@@ -133,11 +134,13 @@ def analytic(problem: Problem, whitening: Tensor | LinearMap | None, certified: 
         )
     else:
         shared = {"W": analytic_weights(D)}
-    start = 1.0 if not certified or limit is None or limit > 1 else 0.9 * limit
 
     def layer(k: int) -> Algorithm:
         prior = problem.threshold(k, problem.number(problem.weight / problem.lipschitz), metric)
-        return learn_step(ResidualLayer(D, shared["W"], prior, problem.number(start), limit), certified)
+        made = ResidualLayer(D, shared["W"], prior, problem.number(1.0), whitened=shared.get("whitened"))
+        if certified and made.limit is not None and made.limit <= 1:
+            made.step_size = problem.number(0.9 * made.limit)
+        return learn_step(made, certified)
 
     return [layer(k) for k in range(problem.depth)], dict(shared)
 

@@ -128,25 +128,27 @@ def refuse_zero_atoms(columns: Tensor) -> None:
 @torch.no_grad()
 def energies(D: LinearMap, whitening: LinearMap) -> Tensor:
     """p = diag(D* C* C D), the squared norms of the whitened atoms, in a shape that broadcasts against a code."""
-    p = whitening(atoms(D)).flatten(1).square().sum(1)
-    return p.reshape(-1, *[1] * (len(D.domain) - 1))
+    p = whitening(atoms(D).double()).flatten(1).square().sum(1)
+    return p.reshape(-1, *[1] * (len(D.domain) - 1)).to(atoms(D))
 
 
 @torch.no_grad()
 def whitened(D: LinearMap, whitening: LinearMap) -> LinearMap:
-    """F = C D diag(p)^(-1/2): the dictionary whose atoms are the normed whitened ones."""
+    """F = C D diag(p)^(-1/2), in the precision of D: the whitened atoms with unit norm."""
     columns = whitening(atoms(D).double())
-    norms = columns.flatten(1).norm(dim=1).reshape(-1, *[1] * (columns.dim() - 1))
-    return synthesis(D, columns / norms)
+    return synthesis(D, (columns / over_atoms(columns).sqrt()).to(atoms(D)))
 
 
 @torch.no_grad()
 def weights_of(D: LinearMap, whitening: LinearMap) -> LinearMap:
     """W = C* C D diag(1 / p), in the precision of D."""
-    columns = atoms(D).double()
-    images = whitening(columns)
-    p = images.flatten(1).square().sum(1).reshape(-1, *[1] * (columns.dim() - 1))
-    return synthesis(D, (whitening.T(images) / p).to(atoms(D)))
+    columns = whitening(atoms(D).double())
+    return synthesis(D, (whitening.T(columns) / over_atoms(columns)).to(atoms(D)))
+
+
+def over_atoms(columns: Tensor) -> Tensor:
+    """The squared norms of atoms (J, *data), shaped to divide them."""
+    return columns.flatten(1).square().sum(1).reshape(-1, *[1] * (columns.dim() - 1))
 
 
 def convolution_of(D: LinearMap) -> Convolution:
