@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from firmly.linear.dense import Dense
 from firmly.priors.accelerated import STEPS, Accelerated, largest_eigenvalue
 from firmly.priors.duality import Gap
 from firmly.priors.problem import Problem
@@ -23,7 +22,7 @@ SHRINKING = 3  # systems solved while atoms leave, before the gradient is measur
 FIRST_ROUNDS = 16  # of Newton before the first accelerated step, where few atoms join at a time
 ROUNDS = 4  # of Newton between accelerated steps
 LONGEST = 320  # accelerated steps between rounds of Newton
-ENTRIES = 2**18  # of all Gram matrices at once
+ENTRIES = {"cpu": 2**18, "cuda": 2**26}  # of all Gram matrices at once
 SAFE = (1e-10, 1e10)  # sizes of data that single precision squares without harm
 
 
@@ -43,9 +42,10 @@ class ActiveSet:
     Fixed-point continuation for l1-minimization, 2008.
     """
 
-    def __init__(self, problem: Problem, z: Tensor, gram: Tensor, joining: int | None = None):
-        assert isinstance(problem.D, Dense)
-        self.problem, self.gram = problem, gram
+    def __init__(
+        self, problem: Problem, z: Tensor, gram: Tensor, step_size: float | None = None, joining: int | None = None
+    ):
+        self.problem, self.gram, self.known_step = problem, gram, step_size
         # single precision squares such data without harm
         sizes = float(problem.y.abs().amax()), float(gram.diagonal().amax()) ** 0.5
         self.rough = torch.float32 if all(SAFE[0] < size < SAFE[1] for size in sizes) else problem.y.dtype
@@ -57,7 +57,8 @@ class ActiveSet:
 
     @cached_property
     def step_size(self) -> float:
-        return 1 / largest_eigenvalue(self.problem)
+        """1 / |D|^2, found when it is first needed, unless given."""
+        return 1 / largest_eigenvalue(self.problem) if self.known_step is None else self.known_step
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with these problems only (a mask)."""
@@ -84,12 +85,14 @@ class ActiveSet:
         return self.accelerate(z, c)
 
     def accelerate(self, z: Tensor, c: Tensor) -> tuple[Tensor, int]:
+        """The codes after a number of accelerated steps, and how many: the first time until the supports settle."""
         bold = self.taken < BOLD_STEPS
         problem = self.problem.to(self.rough) if bold else self.problem
         steps = Accelerated(problem, z.to(problem.y.dtype), self.step_size * (2 if bold else 1))
         count, self.block = self.block, min(2 * self.block, LONGEST)
         if self.taken == 0:  # first lower the weights to what they are
-            level = (problem.penalty.pull(c.to(problem.y.dtype)) / problem.penalty.weight).amax(1, keepdim=True)
+            level = (self.problem.penalty.pull(c) / self.problem.penalty.weight).amax(1, keepdim=True)
+            level = level.clamp(max=1 / SAFE[0]).to(problem.y.dtype)
             stages = math.ceil(math.log(max(float(level.max()), 1.0)) / -math.log(CONTINUATION))
             for _ in range(stages):
                 level = (level * CONTINUATION).clamp(min=1)
@@ -105,8 +108,7 @@ class ActiveSet:
             if bold and float((sign != before).sum()) <= SETTLED * float((sign != 0).sum()):
                 break
         self.taken += done
-        count = done
-        return steps.z.to(z.dtype), count
+        return steps.z.to(z.dtype), done
 
     def newton(self, z: Tensor, c: Tensor) -> Tensor:
         """One round for every problem whose active set has at most 2 m atoms."""
@@ -117,14 +119,14 @@ class ActiveSet:
             excess = torch.where(excess >= least, excess, 0)
         sign = torch.where(z != 0, z.sgn(), torch.where(excess > 1 + torch.finfo(z.dtype).eps ** RIDGE, c.sgn(), 0))
         size = (sign != 0).sum(1)
-        new = z.clone()
+        new, entries = z.clone(), ENTRIES.get(z.device.type, ENTRIES["cuda"])
         order = size.argsort()
         ordered = size[order].tolist()
         begin = bisect_left(ordered, 1)
         stop = bisect_right(ordered, 2 * self.problem.y.shape[1])
         while begin < stop:  # faces of similar size together
             width = min(-(-ordered[begin] // 8) * 8, len(sign[0]))
-            end = min(bisect_right(ordered, width), begin + max(ENTRIES // width**2, 1), stop)
+            end = min(bisect_right(ordered, width), begin + max(entries // width**2, 1), stop)
             rows = order[begin:end]
             new[rows] = self.faces(rows, z, c, sign, ordered[end - 1])
             begin = end

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from firmly.errors import SettingsError
+from firmly.errors import DataError, SettingsError
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
 from firmly.priors.accelerated import Accelerated, largest_eigenvalue
@@ -19,7 +19,7 @@ from firmly.priors.problem import Problem
 from firmly.priors.run import Found, run
 from firmly.priors.working_set import solve_on_working_sets
 
-CHUNK = 512  # problems at a time, so that they stay in the cache
+CHUNK = {"cpu": 512, "cuda": 2**15}  # problems at a time: so that they stay in the cache, or in memory
 WIDE = 40  # atoms for each problem above which the Gram matrix of all atoms costs more than it saves
 WIDEST = 10_000  # atoms whose Gram matrix is too large to keep
 
@@ -80,7 +80,10 @@ def lasso(
     first = torch.zeros(len(y), entries(problem.D.domain), dtype=y.dtype, device=y.device)
     if start is not None:
         first = problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
-    goal = (problem.y.double().square().sum(1) * (tol / 2)).clamp(min=absolute_tol)
+    energy = problem.y.double().square().sum(1)
+    if not bool(torch.isfinite(energy).all()):
+        raise DataError("the squared norm of y overflows in float64; scale the data")
+    goal = (energy * (tol / 2)).clamp(min=absolute_tol)
     found = solve(problem, first, goal, max_iterations)
     converged = found.gap <= goal
     if bool(converged.all()):
@@ -95,18 +98,16 @@ def lasso(
 
 def solve(problem: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
     """Newton's method wherever columns of D are at hand and groups have one entry, else accelerated gradients."""
-    n = z.shape[1]
-    newton = isinstance(problem.D, Dense) and problem.penalty.group == 1
-    alone = newton and (n > WIDE * len(z) or n > WIDEST)
-    atoms = problem.D.weight.detach() if newton else None
-    gram = atoms.mT @ atoms if atoms is not None and not alone else None
-    step = 1 / largest_eigenvalue(problem) if not newton else None
-    parts = []
-    for rows in torch.arange(len(z), device=z.device).split(1 if alone else CHUNK):
-        part = problem.rows(rows)
-        if alone:
-            parts.append(solve_on_working_sets(part, z[rows], goal[rows], limit))
-            continue
-        solver = ActiveSet(part, z[rows], gram) if newton else Accelerated(part, z[rows], step)
-        parts.append(run(solver, part, z[rows], goal[rows], limit))
+    n, every = z.shape[1], torch.arange(len(z), device=z.device)
+    atoms = problem.D.weight.detach() if isinstance(problem.D, Dense) and problem.penalty.group == 1 else None
+    if atoms is not None and (n > WIDE * len(z) or n > WIDEST):
+        parts = [solve_on_working_sets(problem.rows(i), z[i], goal[i], limit) for i in every.split(1)]
+    else:
+        step_size = 1 / largest_eigenvalue(problem)
+        gram = None if atoms is None else atoms.mT @ atoms
+        parts = []
+        for rows in every.split(CHUNK.get(z.device.type, CHUNK["cuda"])):
+            part, first = problem.rows(rows), z[rows]
+            solver = Accelerated(part, first, step_size) if gram is None else ActiveSet(part, first, gram, step_size)
+            parts.append(run(solver, part, first, goal[rows], limit))
     return Found(*(torch.cat(p) for p in zip(*parts)))
