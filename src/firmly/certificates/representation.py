@@ -14,8 +14,9 @@ from firmly.linear.algebra import Identity
 from firmly.linear.basis import Basis, Dense, Fourier
 from firmly.linear.map import LinearMap
 
-# One dense block of this many columns takes seconds; beyond it, other bases serve.
-DENSE_COLUMNS = 400
+# One dense block of `DENSE_COLUMNS` takes seconds in every method. In a larger one, up to `LARGE_COLUMNS`, norms and
+# multipliers of layers are still quick: it is tried after the singular values of one operator.
+DENSE_COLUMNS, LARGE_COLUMNS = 400, 2000
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ def choices(system: System) -> Iterator[BasisChoice]:
     for spatial in dict.fromkeys(tuple(n.shape[1:]) for n in system.nodes if len(n.shape) > 1):
         yield BasisChoice("fourier", spatial)
     columns = sum(math.prod(n.shape) for n in [*system.inputs, *(n for n in system.nodes if isinstance(n, Nonlinear))])
-    if max(columns, *(math.prod(n.shape) for n in system.nodes)) <= DENSE_COLUMNS:
+    columns = max(columns, *(math.prod(n.shape) for n in system.nodes))
+    if columns <= DENSE_COLUMNS:
         yield BasisChoice("dense")
     if (operator := only_operator(system)) is not None:
         yield BasisChoice("singular", operator=operator)
+    if DENSE_COLUMNS < columns <= LARGE_COLUMNS and not system.is_complex:
+        yield BasisChoice("dense")
     yield BasisChoice("norms")
 
 
