@@ -27,7 +27,7 @@ def test_the_networks_have_equally_many_parameters(preset: str) -> None:
 
 
 def test_mri_smoke_run(tmp_path) -> None:
-    settings = replace(SMOKE, task="mri", crop=32, size=64, steps=2, images=1)
+    settings = replace(SMOKE, task="mri", crop=32, size=64, steps=2, rival_steps=2, images=1)
     results = run_study(STUDY, settings, "smoke", RunFolder(tmp_path), lambda stage, event: None)
     text = (tmp_path / "report.html").read_text()
     assert "ADMM-Net" in text and results["page"]["facts"]["certified bound"] != "inf"
@@ -35,7 +35,7 @@ def test_mri_smoke_run(tmp_path) -> None:
 
 
 def test_bounds_hold_for_the_network_they_are_said_of() -> None:
-    settings = replace(SMOKE, threshold=(0.02, 0.01))
+    settings = replace(SMOKE, threshold=(0.02, 0.01), certify_seconds=2.0)
     given = problem(settings)
     torch.manual_seed(0)
     ours = resized(given.ours(settings, 33), lambda size: given.ours(settings, size), 66)

@@ -31,11 +31,12 @@ class SensingSettings:
 
     `patterns` of `block` x `block` pixels are used for blocks; `noise` is the standard deviation of white noise on the
     data in training and test, `more_noise` that of an additional test. `start_noise` regularises the linear start Q.
-    The rival (ISTA-Net+ or ADMM-Net) has `phases` layers of `channels` channels (twice as many for ADMM-Net), and with
-    `constrained` its steps and thresholds stay in range. The certified network has `depth` layers and as many filters
-    of `filter_size` pixels as give it the same number of parameters; `cap` bounds their slope (1: firmly nonexpansive
-    layers). `ratios` are further ratios to train for; `scene` is the photograph that is shown. `attack` is the size of
-    the perturbation relative to the data.
+    The rival ISTA-Net+ has `phases` layers of `channels` channels, and with `constrained` its steps and thresholds stay
+    in range; the rival ADMM-Net has as many stages and about as many parameters. So has the certified network of
+    `depth` layers, with filters of `filter_size` pixels, whose slopes `cap` bounds (1: firmly nonexpansive layers). An
+    epoch has `rival_steps` steps for the rival and `steps` for the certified network, which take about as long;
+    `scalar_rate` is the rate of the latter's scalars relative to `our_rate`. `ratios` are further ratios to train for;
+    `scene` is the photograph that is shown. `attack` is the size of the perturbation relative to the data.
     """
 
     task: Literal["blocks", "mri"] = "blocks"
@@ -56,7 +57,8 @@ class SensingSettings:
     batch: int = 4
     epochs: int = 8
     steps: int = 50
-    rival_rate: float = 3e-3
+    rival_steps: int = 150
+    rival_rate: float = 1e-2
     our_rate: float = 2e-2
     scalar_rate: float = 3.0
     size: int = 231
@@ -85,7 +87,7 @@ class SensingSettings:
                 f"crop and size are multiples of the block, {self.block}; given {self.crop} and {self.size}",
             )
         require(1 <= self.images <= 8, f"there are 8 held-out photographs; given images = {self.images}")
-        for name in ("phases", "channels", "depth", "batch", "epochs", "steps", "tv_iterations"):
+        for name in ("phases", "channels", "depth", "batch", "epochs", "steps", "rival_steps", "tv_iterations"):
             require(getattr(self, name) >= 1, f"{name} is at least 1; given {getattr(self, name)}")
         require(self.filter_size >= 2, f"filter_size is at least 2; given {self.filter_size}")
         require(bool(self.tv_weights) and min(self.tv_weights) > 0, "tv_weights are positive numbers")
@@ -167,10 +169,9 @@ def trained(
         x = crops.batch(settings.batch, generator)
         return measure(x, generator), x
 
-    def fit(name: str, make: Callable[[int], nn.Module], rate: float) -> nn.Module:
+    def fit(name: str, make: Callable[[int], nn.Module], plan: Plan) -> nn.Module:
         torch.manual_seed(settings.seed)
         network = make(settings.crop)
-        plan = Plan(settings.epochs, settings.steps, rate, settings.scalar_rate, seed=settings.seed)
         total = plan.epochs * plan.steps
         outcome = train(
             network, sample, plan, run_folder, name,
@@ -182,8 +183,10 @@ def trained(
         save_weights(run_folder / f"weights/{name}.safetensors", network, {"settings": dataclasses.asdict(settings)})
         return resized(network, make, settings.size)
 
-    rival = fit(f"rival{suffix}", given.rival, settings.rival_rate)
-    ours = fit(f"certified{suffix}", lambda size: given.ours(settings, size), settings.our_rate)
+    epochs, seed = settings.epochs, settings.seed
+    rival = fit(f"rival{suffix}", given.rival, Plan(epochs, settings.rival_steps, settings.rival_rate, seed=seed))
+    plan = Plan(epochs, settings.steps, settings.our_rate, settings.scalar_rate, seed=seed)
+    ours = fit(f"certified{suffix}", lambda size: given.ours(settings, size), plan)
     assert isinstance(ours, WarmStart)
     return rival, ours
 
@@ -269,13 +272,13 @@ def projected(given: Problem, settings: SensingSettings, truth: Tensor, rival: n
 
 
 SMOKE = SensingSettings(
-    phases=2, channels=4, depth=3, filter_size=4, crop=33, batch=2, epochs=1, steps=4, size=66, images=2,
+    phases=2, channels=4, depth=3, filter_size=5, crop=33, batch=2, epochs=1, steps=4, rival_steps=4, size=66, images=2,
     tv_weights=(0.003,), tv_iterations=10, certify_seconds=4.0,
 )  # fmt: skip
 FULL = SensingSettings(
-    phases=9, channels=32, depth=50, filter_size=9, crop=99, batch=16, epochs=60, steps=250, rival_rate=1e-3,
-    our_rate=1e-2, tv_weights=(0.0003, 0.0005, 0.001, 0.002, 0.005), tv_iterations=300, ratios=(0.04, 0.1, 0.4, 0.5),
-    certify_seconds=120.0,
+    phases=9, channels=32, depth=50, filter_size=9, crop=99, batch=16, epochs=60, steps=250, rival_steps=500,
+    rival_rate=1e-3, our_rate=1e-2, tv_weights=(0.0003, 0.0005, 0.001, 0.002, 0.005), tv_iterations=300,
+    ratios=(0.04, 0.1, 0.4, 0.5), certify_seconds=120.0,
 )  # fmt: skip
 
 STUDY = Study(

@@ -43,12 +43,14 @@ def parameters(network: nn.Module) -> int:
 def problem(settings: Any) -> Problem:
     """The problem that the settings describe; its matrices are drawn and fitted once."""
     if settings.task == "mri":
+        size_of_rival = settings.phases * (36 * settings.channels**2 + 18 * settings.channels + 2)
+        features = max(1, round(size_of_rival / (26 + 25 + 32)))  # two convolutions and a spline of 31 knots
         return Problem(
             lambda size: mri(settings, size),
             lambda size: mri(settings, size).T,
             "Zero filling",
             "ADMM-Net",
-            lambda size: AdmmNet(mri(settings, size), settings.phases, 2 * settings.channels, knots=31),
+            lambda size: AdmmNet(mri(settings, size), settings.phases, features, knots=31),
         )
     A, Q = block_sampling(settings)
 
