@@ -216,3 +216,26 @@ def test_slopes_are_rounded_outwards():
     low, high = Slope.outward(-1 / 3, 2 / 3)
     assert low < -1 / 3
     assert high > 2 / 3
+
+
+@pytest.mark.parametrize("form", ["open", "averaged"])
+def test_errors_do_not_grow_along_sums_that_run_through_the_layers(form):
+    """u <- u + A x(u) - v is nonexpansive in u; products of norms would double its error in every layer."""
+    A = Dense(torch.randn(2, 2, generator=torch.Generator().manual_seed(1), **double))
+    half = 0.9 / float(A.norm().upper) ** 2
+
+    def forward(y):
+        u = y
+        for _ in range(12):
+            x = A.T(u)
+            v = torch.relu(A(x) * half + u)
+            u = u - half * A(x) + (1 / 3) * v
+        return u
+
+    system = system_of(Net(forward, A), (2,))
+    with mpmath.workdps(40):
+        weight = as_exact(A.weight)
+        exact = exact_rows(system, lambda m: weight if m is A else weight.T, form == "averaged")
+        blocks = sweep(system, DenseBasis(), form)
+        assert_within([*blocks.rows, blocks.output], exact)
+    assert float(blocks.output.error.max()) < (1e-13 if form == "open" else 1e-10)
