@@ -1,6 +1,29 @@
-"""Fixed points: iterate an algorithm to a tolerance, and differentiate equilibria."""
+"""Fixed points: iterate to a tolerance, and differentiate solutions."""
 
+from firmly.fixedpoint.adjoints import AdjointWarning, Checkpointed, Implicit, Neumann, OneStep, Unrolled
 from firmly.fixedpoint.equilibrium import equilibrium
+from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
+from firmly.fixedpoint.layer import ImplicitLayer, implicit
 from firmly.fixedpoint.solve import Solution, Status, solve
+from firmly.fixedpoint.solvers import Anderson, Broyden, Newton, Picard
 
-__all__ = ["Solution", "Status", "equilibrium", "solve"]
+__all__ = [
+    "AdjointWarning",
+    "Anderson",
+    "Broyden",
+    "Checkpointed",
+    "FixedPoint",
+    "Implicit",
+    "ImplicitLayer",
+    "Neumann",
+    "Newton",
+    "OneStep",
+    "Picard",
+    "Solution",
+    "Status",
+    "Unrolled",
+    "equilibrium",
+    "fixed_point",
+    "implicit",
+    "solve",
+]

@@ -1,0 +1,187 @@
+"""x = T(x, p) as a differentiable function of p."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from firmly.errors import DataError, NotConverged, SettingsError
+from firmly.fixedpoint.adjoints import Adjoint, Checkpointed, Implicit, Unrolled
+from firmly.fixedpoint.implicit_function import FixedPointFunction, Problem
+from firmly.fixedpoint.solve import Status
+from firmly.fixedpoint.solvers import Found, Picard, Solver, iterate
+from firmly.fixedpoint.state import Layout, norms, relative_residual
+
+
+@dataclass
+class FixedPoint:
+    """A solution of x = T(x, p) with its account.
+
+    `state` is x, as the map returns it. `residual` (batch,) is |T(x) - x| / max(|T(x)|, |x|) at exactly this x and
+    `iterations` (batch,) what every element took. `error_bound` (batch,) bounds |x - x*| where a contraction factor was
+    given, else None. `backward_residuals` grows with every linear system that a derivative of `state` solves.
+    """
+
+    state: Any
+    status: Status
+    residual: Tensor
+    iterations: Tensor
+    error_bound: Tensor | None
+    backward_residuals: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def converged(self) -> bool:
+        return self.status is Status.CONVERGED
+
+
+def fixed_point(
+    T: Callable[..., Any],
+    start: Any,
+    *parameters: Tensor,
+    solver: Solver = Picard(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    tol: float | None = None,
+    max_iterations: int = 1000,
+    contraction: float | None = None,
+) -> FixedPoint:
+    """The x with x = T(x, *parameters), from `start`, differentiable in the parameters as `adjoint` says.
+
+    A state is a tensor (batch, ...) or a (named) tuple of them; T treats every element of the batch alone. All tensors
+    that T depends on and that may require gradients are among the parameters: one that T holds on to otherwise would
+    get no gradient, and is refused. `tol` bounds the relative residual |T(x) - x| / max(|T(x)|, |x|) of every element;
+    None is eps^(3/4) of the precision. With a `contraction` factor r < 1 of T, |x - x*| <= |T(x) - x| / (1 - r) is
+    reported.
+
+    Gradients of a state that has not converged are refused (`NotConverged`), as they belong to no solution; so are
+    those whose linear system is not solved to its tolerance. Derivatives can be taken again, forward or backward, and
+    inside `torch.func` transforms. Under autocast, map and solves run in the precision of the state.
+
+    Raises `ShapeError` and `DataError` for states that do not fit, `SettingsError` for settings out of range.
+    """
+    layout = Layout(start)
+    flat = layout.flat(start).detach()
+    if not all(isinstance(p, Tensor) for p in parameters):
+        raise SettingsError("the parameters of a fixed point are tensors; bind everything else into the map")
+    tol = float(torch.finfo(flat.dtype).eps ** 0.75) if tol is None else tol
+    if not (tol >= 0 and math.isfinite(tol)) or max_iterations < 1:
+        raise SettingsError(f"tol is finite and at least 0, max_iterations at least 1; given {tol}, {max_iterations}")
+    if contraction is not None and not 0 <= contraction < 1:
+        raise SettingsError(f"a contraction factor lies in [0, 1), given {contraction}")
+
+    def step(x: Tensor, *p: Tensor) -> Tensor:
+        return layout.flat(T(layout.state(x), *p))
+
+    if torch.compiler.is_exporting():
+        return exported(step, layout, flat, parameters, tol, max_iterations)
+    refuse_bad_start(flat)
+    refuse_hidden_parameters(step, flat, parameters)
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    if isinstance(adjoint, (Unrolled, Checkpointed)):
+        return unrolled(step, layout, flat, parameters, solver, adjoint, tol, max_iterations, contraction)
+    accounts: list[Found] = []
+
+    def find(x: Tensor, p: tuple[Tensor, ...]) -> Tensor:
+        found = iterate(lambda z: step(z, *p), x, solver, tol, max_iterations)
+        accounts.append(found)
+        if found.status is not Status.CONVERGED and wanted:
+            raise NotConverged(
+                f"the fixed point was not reached: {found.status} (largest residual {float(found.residual.max()):.3g}, "
+                f"tolerance {tol:.3g}); a derivative belongs to a solution: raise max_iterations or tol, take another "
+                "solver, or call it under torch.no_grad()"
+            )
+        return found.x
+
+    problem = Problem(step, find, adjoint)
+    x = FixedPointFunction.apply(problem, flat, *parameters)
+    account = accounts[-1]
+    return report(step, layout, x, parameters, account, contraction, problem.residuals)
+
+
+def report(
+    step: Callable[..., Tensor], layout: Layout, x: Tensor, parameters: tuple[Tensor, ...], found: Found,
+    contraction: float | None, residuals: list[float],
+) -> FixedPoint:  # fmt: skip
+    bound = None
+    if contraction is not None:
+        with torch.no_grad():
+            bound = norms(step(found.x, *parameters) - found.x) / (1 - contraction)
+    return FixedPoint(layout.state(x), found.status, found.residual, found.iterations, bound, residuals)
+
+
+def unrolled(
+    step: Callable[..., Tensor], layout: Layout, start: Tensor, parameters: tuple[Tensor, ...], solver: Solver,
+    adjoint: Unrolled | Checkpointed, tol: float, max_iterations: int, contraction: float | None,
+) -> FixedPoint:  # fmt: skip
+    """Plain iterations that autograd records; without a number of them, as many as the tolerance needs."""
+    if not isinstance(solver, Picard) or solver.damping != 1:
+        raise SettingsError(
+            f"unrolling differentiates plain iterations, solver=Picard(); given {solver}: accelerated iterations may "
+            f"have "
+            "derivatives that diverge although the iterates converge. Use adjoint=Implicit() with this solver"
+        )
+    count = adjoint.iterations
+    if count is None:
+        with torch.no_grad():
+            count = int(iterate(lambda z: step(z, *parameters), start, solver, tol, max_iterations).iterations.max())
+    every = adjoint.every if isinstance(adjoint, Checkpointed) else 0
+
+    def run(x: Tensor, number: int, *p: Tensor) -> Tensor:
+        for _ in range(number):
+            x = step(x, *p)
+        return x
+
+    x = start
+    if every:
+        for first in range(0, count, every):
+            x = checkpoint(run, x, min(every, count - first), *parameters, use_reentrant=False)
+    else:
+        x = run(x, count, *parameters)
+    with torch.no_grad():
+        residual = relative_residual(step(x, *parameters), x)
+    status = Status.CONVERGED if bool((residual <= tol).all()) else Status.LIMIT
+    iterations = torch.full((len(x),), count, device=x.device)
+    found = Found(x.detach(), residual, iterations, status)
+    return report(step, layout, x, parameters, found, contraction, [])
+
+
+def exported(
+    step: Callable[..., Tensor], layout: Layout, start: Tensor, parameters: tuple[Tensor, ...], tol: float, limit: int
+) -> FixedPoint:
+    """Plain iterations as one `while_loop`, for `torch.export`: forward only."""
+
+    def going_on(k: Tensor, x: Tensor, image: Tensor) -> Tensor:
+        return (k < limit) & (relative_residual(image, x) > tol).any()
+
+    def body(k: Tensor, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k + 1, image.clone(), step(image, *parameters)
+
+    first = (torch.zeros((), dtype=torch.int64), start, step(start, *parameters))
+    _, x, image = torch._higher_order_ops.while_loop(going_on, body, first)
+    residual = relative_residual(image, x)
+    iterations = torch.zeros(len(x), dtype=torch.int64)
+    return FixedPoint(layout.state(x), Status.LIMIT, residual, iterations, None)
+
+
+def refuse_bad_start(flat: Tensor) -> None:
+    if flat.shape[0] == 0 or flat.shape[1] == 0:
+        raise DataError(f"a start has at least one element with one entry, given {tuple(flat.shape)}")
+    if not bool(torch.isfinite(flat).all()):
+        raise DataError("the start has entries that are NaN or infinite")
+
+
+def refuse_hidden_parameters(step: Callable[..., Tensor], flat: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    """Raise if T depends on tensors that require gradients and are not parameters: these would be silently zero."""
+    with torch.enable_grad():
+        image = step(flat, *(p.detach() for p in parameters))
+    if image.requires_grad:
+        raise SettingsError(
+            "the map holds on to tensors that require gradients: pass them as parameters, fixed_point(T, start, "
+            "*tensors) "
+            "with T(x, *tensors), or detach them; use firmly.implicit for modules"
+        )
