@@ -64,8 +64,9 @@ class Chart:
         return line_chart(self.drawn(), width, HEIGHT, self.x, self.y, self.log_x, self.dots, label, self.log_y)
 
     @staticmethod
-    def _fits(value: float, log: bool) -> bool:
-        return math.isfinite(value) and (not log or value > 0)
+    def _fits(value: float | str, log: bool) -> bool:
+        # a value that JSON could not hold has become its name
+        return not isinstance(value, str) and math.isfinite(value) and (not log or value > 0)
 
 
 @dataclass(frozen=True)
