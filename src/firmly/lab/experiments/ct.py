@@ -310,8 +310,8 @@ def certified_text(methods: list[Method], rows: list[tuple], ours: int, free: in
         f"the tooth; two data sets are known whose difference it amplifies {attained}-fold. That is the price, and "
         "what it buys.\n\nThe learned primal-dual network has two operators that share no basis, the scanner and the "
         "image gradient: its bound is sound, and useless. Total variation run to convergence has no bound of this "
-        "kind: where the views determine nothing, its solution may jump with the data. That the training objects resemble "
-        "the tooth is not certified, nor is any image correct for being stable."
+        "kind: where the views determine nothing, its solution may jump with the data. That the training objects "
+        "resemble the tooth is not certified, nor is any image correct for being stable."
     )
 
 
