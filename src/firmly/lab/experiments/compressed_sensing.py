@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -215,19 +216,21 @@ def compare(given: Problem, settings: SensingSettings, truth: Tensor, rival: nn.
     )
     A, Q = given.operator(settings.size), given.initial(settings.size)
 
-    def tv(weight: float) -> Callable[[Tensor], Tensor]:
-        return lambda data: total_variation(A, data, Q(data), weight, settings.tv_iterations)
-
-    methods: list[tuple[str, int | None, Callable[[Tensor], Tensor]]] = [(given.linear_name, None, Q)]
-    weights = {w: float(psnr(shown(tv(w)(y)), truth).mean()) for w in settings.tv_weights}
-    methods.append(("Total variation", None, tv(max(weights, key=weights.__getitem__))))
-    methods += [(given.rival_name, parameters(rival), rival), ("Certified", parameters(ours), ours)]
-    rows = []
-    for name, count, method in methods:
+    def row(name: str, count: int | None, method: Callable[[Tensor], Tensor]) -> Row:
         image, disturbed = shown(method(y)), shown(method(noisy))
         scores = [float(values.mean()) for values in (psnr(image, truth), ssim(image, truth), psnr(disturbed, truth))]
-        rows.append(Row(name, count, image, *scores))
-    return rows
+        return Row(name, count, image, *scores)
+
+    def tv(weight: float) -> Row:
+        method = functools.partial(total_variation, A, weight=weight, iterations=settings.tv_iterations)
+        return row("Total variation", None, lambda data: method(data, Q(data)))
+
+    return [
+        row(given.linear_name, None, Q),
+        max((tv(weight) for weight in settings.tv_weights), key=lambda found: found.psnr),
+        row(given.rival_name, parameters(rival), rival),
+        row("Certified", parameters(ours), ours),
+    ]
 
 
 def shown(image: Tensor) -> Tensor:
@@ -266,7 +269,9 @@ def projected(given: Problem, settings: SensingSettings, truth: Tensor, rival: n
     """What it costs the rival to have its steps and thresholds in the range of a proximal gradient method."""
     A = given.operator(settings.size)
     check = check_unrolled(rival, A)
-    y = measurement(given, settings, settings.size, settings.noise)(truth, torch.Generator().manual_seed(1))
+    y = measurement(given, settings, settings.size, settings.noise)(
+        truth, torch.Generator().manual_seed(settings.seed + 1)
+    )
     scores = [float(psnr(shown(net(y)), truth).mean()) for net in (rival, project(rival, check))]
     return Projection(check, *scores)
 

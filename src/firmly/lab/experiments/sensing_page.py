@@ -93,7 +93,7 @@ def scores(rows: Sequence[Row], bounds: Bounds, settings: SensingSettings) -> Se
         ],
         "Means over the held-out photographs. The gain is the largest ratio of a change of the image to the change of "
         "the data that causes it: no pair of data exceeds the certified one, and the attack has found the other. Total "
-        "variation has the best of the weights tried on these very images.",
+        "variation has the best of the weights tried on these very images, for the data without additional noise.",
         ours=(3,),
     )
     return Section("Quality beside stability", "", (table,))
