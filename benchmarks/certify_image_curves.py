@@ -33,25 +33,32 @@ NOTE = (
 
 def measure(quick: bool) -> Result:
     partial = Partial(Path(__file__))
+    large, small = (32, 16) if quick else (256, 64)
     deep = [
-        {"depth": d, "seed": s, **measured(partial, "depth", 32 if quick else 256, d, s)}
+        {"depth": d, "seed": s, **measured(partial, "depth", large, d, s)}
         for d in ((2, 3) if quick else DEPTHS)
         for s in ((0,) if quick else SEEDS)
     ]
-    wide = [
-        {"channels": c, **measured(partial, "channels", 16 if quick else 64, c, 0)}
-        for c in ((1, 2) if quick else CHANNELS)
-    ]
+    wide = [{"channels": c, **measured(partial, "channels", small, c, 0)} for c in ((1, 2) if quick else CHANNELS)]
+    partial.finish()
     known = json.loads((ROOT / "benchmarks" / "results" / "certify_image.json").read_text())["result"]["tables"]
-    sized = [{**row, "side": int(row["image"].split()[0])} for row in known[1]["rows"]]
     return Result(
-        [Table("Against depth, 256 x 256", deep, NOTE), Table(f"Against channels, {LAYERS} layers, 64 x 64", wide)],
-        pictures=[
-            *pair("side", sized, "pixels a side", "images of N x N pixels, ten layers"),
-            *pair("depth", deep, "layers", "networks of different depth, images of 256 x 256 pixels, three seeds"),
-            *pair("channels", wide, "channels", f"networks with different numbers of channels, {LAYERS} layers"),
+        [
+            Table(f"Against depth, {large} x {large}", deep, NOTE),
+            Table(f"Against channels, {LAYERS} layers, {small} x {small}", wide),
         ],
+        pictures=pictures(known[1]["rows"], deep, wide),
     )
+
+
+def pictures(sized: list[dict], deep: list[dict], wide: list[dict]) -> list[Picture]:
+    """Gap and seconds against size, as the claim before this one measured them, depth and channels."""
+    sized = [{**row, "side": int(row["image"].split()[0])} for row in sized]
+    return [
+        *pair("side", sized, "pixels a side", "images of N x N pixels, ten layers"),
+        *pair("depth", deep, "layers", "networks of different depth, images of 256 x 256 pixels, three seeds"),
+        *pair("channels", wide, "channels", f"networks with different numbers of channels, {LAYERS} layers"),
+    ]
 
 
 def measured(partial: Partial, kind: str, size: int, number: int, seed: int) -> dict:
@@ -80,7 +87,7 @@ def sparse_coding(size: int, channels: int, seed: int) -> nn.Module:
 
 def pair(x: str, rows: Iterable[dict], axis: str, what: str) -> list[Picture]:
     """Gap and seconds against one column; the median where there are several rows for a value."""
-    pictures = []
+    found = []
     for y, name, log_y in (("gap", "gap, %", False), ("seconds", "seconds", True)):
         points: dict[float, list[float]] = {}
         for row in rows:
@@ -95,5 +102,5 @@ def pair(x: str, rows: Iterable[dict], axis: str, what: str) -> list[Picture]:
         if y == "gap":
             lines.append(Line("sharp", [(min(points), 0.0), (max(points), 0.0)], "other"))
         caption = f"{'Gap' if y == 'gap' else 'Time'} of certificates: {what}"
-        pictures.append(curves(f"{x}-{y}", lines, axis, name, caption, log_y=log_y))
-    return pictures
+        found.append(curves(f"{x}-{y}", lines, axis, name, caption, log_y=log_y))
+    return found

@@ -72,6 +72,7 @@ def in_parallel() -> Counter[str]:
         waiting = {pool.submit(tally, range(first, first + PIECE)): first for first in firsts}
         for done in as_completed(waiting):
             partial.keep(str(waiting[done]), done.result())
+    partial.finish()
     return sum(map(Counter, partial.known.values()), Counter())
 
 

@@ -25,8 +25,12 @@ def test_a_stopped_run_goes_on_and_a_changed_claim_starts_again(tmp_path, monkey
     assert begun.known == {}
     begun.keep("a", {"gap": 1.5})
     begun.keep("b", [1, 2])
-    assert partial.Partial(claim).known == {"a": {"gap": 1.5}, "b": [1, 2]}
+    again = partial.Partial(claim)
+    assert again.known == {"a": {"gap": 1.5}, "b": [1, 2]}
     claim.write_text("second")
+    assert partial.Partial(claim).known == {}
+    claim.write_text("first")
+    again.finish()
     assert partial.Partial(claim).known == {}
 
 

@@ -29,3 +29,7 @@ class Partial:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps([key, value]) + "\n")
+
+    def finish(self) -> None:
+        """Forget all of it: a claim that is asked for again is measured again."""
+        self.path.unlink(missing_ok=True)
