@@ -42,13 +42,13 @@ class SparseCodingSettings:
     atoms: int = 500
     density: float = 0.1
     depth: int = 16
-    codes: int = 400
+    codes: int = 1000
     fine_steps: int = 120
     epochs: int = 4
     batch: int = 256
     learning_rate: float = 1e-2
     snr: float = 40.0
-    ramps: tuple[float, ...] = (1.0, 8.0)
+    ramps: tuple[float, ...] = (1.0,)
     step_rows: int = 64
     step_atoms: int = 256
     step_weight: float = 0.8
@@ -268,7 +268,7 @@ def comparison(
             codes = draw(64, settings.small_atoms, settings.density / 2, generator).float()
             return codes @ D.float().mT, codes
 
-        rate = 3e-2 if variant in ("step", "alista") else 2e-3
+        rate = 3e-2 if variant in ("step", "alista") else 1e-2
         plan = Plan(epochs=1, steps=settings.small_steps, learning_rate=rate, seed=settings.seed)
         outcome = train(
             AllCodes(net), sample, plan, run, name.lower().replace(" ", "-").replace(",", ""),

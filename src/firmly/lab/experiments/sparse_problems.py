@@ -40,21 +40,34 @@ class AllCodes(nn.Module):
         return self.network.codes(y)
 
 
-def optimise_fully(net: nn.Module, loss: Callable[[], Tensor], iterations: int = 60) -> None:
-    """L-BFGS with a line search on the full batch."""
-    optimiser = torch.optim.LBFGS(
-        net.parameters(),
-        lr=0.5,
-        max_iter=iterations,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=0,
-        tolerance_change=0,
-    )
+def optimise_fully(network: nn.Module, loss: Callable[[], Tensor], iterations: int = 60) -> None:
+    """L-BFGS with a line search on the full batch, which ends with the best parameters it has seen.
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = loss()
-        value.backward()
-        return value
+    Learned steps are exponentials, and a line search may try one that is not finite: the search then starts again from
+    the best parameters, without its memory, as long as that helps.
+    """
+    parameters = list(network.parameters())
+    best, kept = float("inf"), [p.detach().clone() for p in parameters]
+    while True:
+        start = best
+        optimiser = torch.optim.LBFGS(
+            parameters, lr=0.5, max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=0,
+            tolerance_change=0,
+        )  # fmt: skip
 
-    optimiser.step(closure)
+        def closure(optimiser: torch.optim.Optimizer = optimiser) -> Tensor:
+            nonlocal best, kept
+            optimiser.zero_grad()
+            value = loss()
+            value.backward()
+            if float(value.detach()) < best:
+                best, kept = float(value.detach()), [p.detach().clone() for p in parameters]
+            return value
+
+        optimiser.step(closure)
+        finite = all(bool(torch.isfinite(p).all()) for p in parameters)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept):
+                parameter.copy_(value)
+        if finite or not best < start:
+            break
