@@ -51,7 +51,7 @@ def symmetric_whitening(D: Tensor, regularisation: float) -> Tensor:
     scale = (s**2 + regularisation).rsqrt()
     core = (s * scale)[:, None] * V.T
     squares = (core.T @ core) ** 2
-    mu = torch.linalg.lstsq(squares, squares.new_ones(len(squares), 1)).solution[:, 0]
+    mu = torch.linalg.lstsq(squares, squares.new_ones(len(squares), 1), driver="gelsd").solution[:, 0]
     values, vectors = torch.linalg.eigh((core * mu) @ core.T)
     if not bool(values.min() > 0) or not torch.allclose(squares @ mu, mu.new_ones(()), atol=1e-8):
         raise DataError(
@@ -62,11 +62,11 @@ def symmetric_whitening(D: Tensor, regularisation: float) -> Tensor:
 
 
 def range_of(D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular vectors (m, r), values (r,) and vectors (n, r) of the range of D, in double precision."""
+    """The singular vectors (m, r), values (r,) and vectors (n, r) of the range of D, in double precision on the CPU."""
     if D.dim() != 2 or D.is_complex() or not D.is_floating_point():
         raise ShapeError(f"analytic weights take a real matrix (m, n), given {tuple(D.shape)} of {D.dtype}")
     refuse_zero_atoms(D.T)
-    U, s, Vh = torch.linalg.svd(D.detach().double(), full_matrices=False)
+    U, s, Vh = torch.linalg.svd(D.detach().cpu().double(), full_matrices=False)
     rank = int((s > max(D.shape) * torch.finfo(D.dtype).eps * s[0]).sum())
     return U[:, :rank], s[:rank], Vh[:rank].T
 
