@@ -105,5 +105,5 @@ def monotone_loop(loop: LinearMap) -> Condition:
         text=f"<(I - W) v, v> >= m |v|^2 is proved for m = {m:.6g}, and m is positive",
         holds=m > 0,
         margin=m,
-        source="Bauschke and Combettes 2017, corollary 23.37: a strongly monotone inclusion has one solution",
+        source="docs/theory/loops: a strongly monotone inclusion has one solution",
     )

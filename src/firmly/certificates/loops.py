@@ -10,15 +10,13 @@ from firmly.fixedpoint.equilibrium import Splitting, equilibrium
 from firmly.linear.monotone import Monotone, monotonicity
 from firmly.prox.prior import Slope
 
-ROUNDED = 1 + 1e-15
-
 
 @handles(equilibrium)
 def loop(tracer: Tracer, splitting: Splitting, w: Signal, *args: Any) -> Signal:
     """One solution v for every w, and from outside <dv, dw> >= m |dv|^2: slopes [0, 1/m].
 
-    With slopes of the prox in [0, b], dv = R'(W dv + dw) gives <dv, dw> >= <dv, (I/b - W) dv>, so that m is 1/b - 1
-    plus the monotonicity of the loop.
+    With slopes of the prox in [0, b], <dv, b (W dv + dw) - dv> >= 0 gives <dv, dw> >= <dv, (I/b - W) dv>, so that m is
+    1/b - 1 plus the monotonicity of the loop.
     """
     prior, mapping = splitting.prior, splitting.loop
     low, high = (float(end) for end in prior.slope_at(1.0))
@@ -27,7 +25,8 @@ def loop(tracer: Tracer, splitting: Splitting, w: Signal, *args: Any) -> Signal:
     if high == 0:
         raise tracer.refuse("an equilibrium with a constant activation")
     proved = monotonicity(mapping)
-    m = (proved + (1 / high - 1) / ROUNDED) / ROUNDED if high <= 1 else proved - 2e-12
+    gained = 0.0 if high == 1 else (1 / high - 1) - 4e-16  # of a prox that is smoother than nonexpansive; rounded down
+    m = (proved + gained) * (1 - 4e-16)
     if not m > 0:
         raise tracer.refuse(
             f"an equilibrium whose loop is not proved to be monotone: <(I - W) v, v> >= {proved:.6g} |v|^2 is all that "
