@@ -14,7 +14,7 @@ from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
 from firmly.priors.accelerated import Accelerated, largest_eigenvalue
 from firmly.priors.active_set import ActiveSet
-from firmly.priors.penalty import Penalty, as_penalty, entries
+from firmly.priors.penalty import Penalty, as_penalty
 from firmly.priors.problem import Problem
 from firmly.priors.run import Found, run
 from firmly.priors.working_set import solve_on_working_sets
@@ -77,7 +77,7 @@ def lasso(
     if max_iterations < 1:
         raise SettingsError(f"max_iterations is at least 1, given {max_iterations}")
     problem = Problem.of(D, y, as_penalty(penalty))
-    first = torch.zeros(len(y), entries(problem.D.domain), dtype=y.dtype, device=y.device)
+    first = torch.zeros(len(y), math.prod(problem.D.domain), dtype=y.dtype, device=y.device)
     if start is not None:
         first = problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
     energy = problem.y.double().square().sum(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -47,6 +45,8 @@ class Penalty:
                 "one weight for each problem has shape (batch, 1), for each group (groups,)"
             ) from None
         weight = self.weight.to(device=y.device, dtype=y.dtype)
+        if not bool((weight > 0).all()):
+            raise SettingsError(f"weights as small as {float(self.weight.min()):g} are zero in {y.dtype}; use float64")
         return self.weighing(weight.reshape(1, -1) if weight.dim() < 2 else weight)
 
     def rows(self, chosen: Tensor) -> Penalty:
@@ -118,7 +118,3 @@ class Penalty:
 def as_penalty(penalty: float | Tensor | Penalty) -> Penalty:
     """A number or tensor w stands for the l1 norm w |z|_1."""
     return penalty if isinstance(penalty, Penalty) else Penalty(penalty)
-
-
-def entries(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

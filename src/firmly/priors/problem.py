@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from firmly.errors import DataError, ShapeError
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
-from firmly.priors.penalty import Penalty, entries
+from firmly.priors.penalty import Penalty
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Problem:
                 f"{', '.join(map(str, expected))}) with a batch of at least one; a single problem is y[None]"
             )
         finite("y", y)
-        return cls(D, y.detach().flatten(1), penalty.on(y, entries(D.domain)))
+        if y.dtype not in (torch.float32, torch.float64):
+            raise DataError(f"sparse coding runs in float32 or float64, given {y.dtype}; use .float()")
+        return cls(D, y.detach().flatten(1), penalty.on(y, math.prod(D.domain)))
 
     def flat_code(self, what: str, z: Tensor) -> Tensor:
         """A code (batch, *domain) as (batch, n)."""
