@@ -33,9 +33,10 @@ from firmly.prox import Clip, GradientStep, GroupL1, NonNegative, Ridge, dct_fil
 class CtSettings:
     """Images of `size` x `size` pixels from one view in `every`.
 
-    The networks have `depth` layers, the learned denoiser `filters` filters of `filter_size` pixels with slope at most
-    1 in the certified network. Total variation with the weights `tv_weights` runs for `tv_iterations`. `attack` is the
-    size of the perturbation of the data relative to the noise in it.
+    The networks have `depth` layers, the learned denoiser `filters` filters of `filter_size` pixels. `cap` is the
+    largest slope of its ridge in the certified network (1: each denoiser is firmly nonexpansive, 2: nonexpansive).
+    Total variation with the weights `tv_weights` runs for `tv_iterations`. `attack` is the size of the perturbation of
+    the data relative to the noise in it.
     """
 
     size: int = 96
@@ -43,6 +44,7 @@ class CtSettings:
     depth: int = 6
     filters: int = 16
     filter_size: int = 7
+    cap: float = 1.0
     batch: int = 4
     epochs: int = 5
     steps: int = 50
@@ -61,6 +63,7 @@ class CtSettings:
         require(1 <= self.every <= 30, f"every lies in 1 .. 30; given {self.every}")
         for name in ("depth", "filters", "batch", "epochs", "steps", "tv_iterations", "phantoms"):
             require(getattr(self, name) >= 1, f"{name} is at least 1; given {getattr(self, name)}")
+        require(0 < self.cap <= 2, f"cap is positive and at most 2; given {self.cap}")
         require(self.filter_size >= 2, f"filter_size is at least 2; given {self.filter_size}")
         require(len(self.tv_weights) > 0 and min(self.tv_weights) > 0, "tv_weights are positive numbers")
         require(self.attack > 0 and self.certify_seconds > 0, "attack and certify_seconds are positive")
@@ -89,8 +92,8 @@ def run(settings: CtSettings, run_folder: RunFolder, listen: Listener) -> Page:
         Method("filtered back projection", p.B.T, 0, bracket.upper, bracket.lower, "norm of the linear map"),
         tuned_tv(settings, p, listen),
         learned(settings, p, run_folder, listen, "primal-dual", primal_dual(settings, p)),
-        learned(settings, p, run_folder, listen, "certified", forward_backward(settings, p, cap=1.0)),
-        learned(settings, p, run_folder, listen, "free", forward_backward(settings, p, cap=None)),
+        learned(settings, p, run_folder, listen, "certified", forward_backward(settings, p, settings.cap)),
+        learned(settings, p, run_folder, listen, "free", forward_backward(settings, p, None)),
     ]
     methods, attacks = attacked(settings, p, methods, run_folder)
     with torch.no_grad():
@@ -115,7 +118,7 @@ def run(settings: CtSettings, run_folder: RunFolder, listen: Listener) -> Page:
                 "What they reach, and what is proved", BOUNDS.format(weight=at_most(weight)), (table(p, rows, ours),)
             ),
             Section("The tooth", "", tuple(galleries(run_folder, p, real))),
-            Section("What is certified, and what is not", certified_text(methods, rows, ours, free)),
+            Section("What is certified, and what is not", certified_text(settings, methods, rows, ours, free)),
             Section("Under attack", ATTACK.format(size=settings.attack), attacks),
             Section("The scanner", scanner_text(settings, p), (training_chart(run_folder),)),
         ),
@@ -184,7 +187,7 @@ def forward_backward(settings: CtSettings, p: Problem, cap: float | None) -> nn.
     filters = dct_filters(settings.filter_size, settings.filters) / settings.filter_size
     ridge = Ridge(filters, Clip(settings.filters, 1.0), cap=cap, zero_mean=True)
     algorithm = ForwardBackward(p.B, GradientStep(ridge))
-    waived = () if cap is not None else ("prior",)
+    waived = () if cap is not None and cap <= 1 else ("prior",)
     net = unroll(algorithm, settings.depth, learn=("step_size", "prior"), waive=waived)
     for layer, threshold in zip(net.layers, torch.logspace(-1, -2, settings.depth).tolist()):
         nn.init.constant_(layer.prior.ridge.activation.log_threshold, math.log(threshold))
@@ -298,20 +301,21 @@ def closest(rows: list[tuple]) -> str:
     return ", ".join(f"{'the order is ' * (i == 0)}{r[0]} ({r[5]:.1f} %)" for i, r in enumerate(ordered))
 
 
-def certified_text(methods: list[Method], rows: list[tuple], ours: int, free: int) -> str:
+def certified_text(settings: CtSettings, methods: list[Method], rows: list[tuple], ours: int, free: int) -> str:
     simulated, real = (rows[free][i] - rows[ours][i] for i in (2, 3))
     attained = at_least(methods[free].lower or 0.0)
+    denoiser = "firmly nonexpansive" if settings.cap <= 1 else "nonexpansive"
     return (
-        f"The certified network is forward-backward splitting with a gradient step on a learned convex ridge in the "
-        f"place of the proximal map. The ridge is held at slope 1, so that each denoiser is firmly nonexpansive, and "
-        f"all that remains in the network is one operator and its adjoint: its bound ({methods[ours].how}) is computed "
-        "on the singular values of B, or on intervals that cover [0, |B|], and holds for every operator that has them. "
-        f"The same network without the cap differs by {simulated:+.2f} dB on simulated objects and {real:+.2f} dB on "
-        f"the tooth; two data sets are known whose difference it amplifies {attained}-fold. That is the price, and "
-        "what it buys.\n\nThe learned primal-dual network has two operators that share no basis, the scanner and the "
-        "image gradient: its bound is sound, and useless. Total variation run to convergence has no bound of this "
-        "kind: where the views determine nothing, its solution may jump with the data. That the training objects "
-        "resemble the tooth is not certified, nor is any image correct for being stable."
+        "The certified network is forward-backward splitting with a gradient step on a learned convex ridge in the "
+        f"place of the proximal map. The ridge is held at slope {settings.cap:g}, so that each denoiser is {denoiser}, "
+        f"and all that remains is one operator and its adjoint: the bound ({methods[ours].how}) is computed on the "
+        "singular values of B, or on intervals that cover [0, |B|], and holds for every operator that has them. The "
+        f"same network without the cap differs by {simulated:+.2f} dB on simulated objects and {real:+.2f} dB on the tooth; "
+        f"two data sets are known whose difference it amplifies {attained}-fold. That is the price, and what it buys."
+        "\n\nThe learned primal-dual network has two operators that share no basis, the scanner and the image "
+        "gradient: its bound is sound, and useless. Total variation run to convergence has no bound of this kind: "
+        "where the views determine nothing, its solution may jump with the data. That the training objects resemble "
+        "the tooth is not certified, nor is any image correct for being stable."
     )
 
 
