@@ -79,7 +79,7 @@ def fixed_point(
 
     if torch.compiler.is_exporting():
         return exported(step, layout, flat, parameters, tol, max_iterations)
-    refuse_bad_start(flat)
+    refuse_empty(flat)
     refuse_hidden_parameters(step, flat, parameters)
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     if isinstance(adjoint, (Unrolled, Checkpointed)):
@@ -87,6 +87,7 @@ def fixed_point(
     accounts: list[Found] = []
 
     def find(x: Tensor, p: tuple[Tensor, ...]) -> Tensor:
+        refuse_not_finite(x)
         found = iterate(lambda z: step(z, *p), x, solver, tol, max_iterations)
         accounts.append(found)
         if found.status is not Status.CONVERGED and wanted:
@@ -95,7 +96,7 @@ def fixed_point(
                 f"tolerance {tol:.3g}); a derivative belongs to a solution: raise max_iterations or tol, take another "
                 "solver, or call it under torch.no_grad()"
             )
-        return found.x
+        return found.x.clone()  # autograd refuses an input as output
 
     problem = Problem(step, find, adjoint)
     x = FixedPointFunction.apply(problem, flat, *parameters)
@@ -125,6 +126,7 @@ def unrolled(
             f"have "
             "derivatives that diverge although the iterates converge. Use adjoint=Implicit() with this solver"
         )
+    refuse_not_finite(start)
     count = adjoint.iterations
     if count is None:
         with torch.no_grad():
@@ -168,11 +170,14 @@ def exported(
     return FixedPoint(layout.state(x), Status.LIMIT, residual, iterations, None)
 
 
-def refuse_bad_start(flat: Tensor) -> None:
-    if flat.shape[0] == 0 or flat.shape[1] == 0:
-        raise DataError(f"a start has at least one element with one entry, given {tuple(flat.shape)}")
+def refuse_not_finite(flat: Tensor) -> None:
     if not bool(torch.isfinite(flat).all()):
         raise DataError("the start has entries that are NaN or infinite")
+
+
+def refuse_empty(flat: Tensor) -> None:
+    if flat.shape[0] == 0 or flat.shape[1] == 0:
+        raise DataError(f"a start has at least one element with one entry, given {tuple(flat.shape)}")
 
 
 def refuse_hidden_parameters(step: Callable[..., Tensor], flat: Tensor, parameters: tuple[Tensor, ...]) -> None:
