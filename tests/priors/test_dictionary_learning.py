@@ -109,7 +109,7 @@ class TestEveryMethod:
 
 
 @pytest.mark.parametrize("method", DESCENT, ids=repr)
-def test_objective_never_increases(method):
+def test_objective_falls_in_every_round(method):
     data, _ = problem(noise=0.2)
     objectives = learn_dictionary(data, method, atoms=16, iterations=15).objectives
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(objectives)), objectives
@@ -199,6 +199,24 @@ def test_unused_atoms_are_replaced_and_counted(method):
     learned = learn_dictionary(data, method, start=start, iterations=10)
     assert learned.replaced >= 4
     assert learned.objectives[-1] < 0.5 * float(0.5 * data.square().sum(1).mean())
+
+
+def test_an_objective_that_overflows_is_refused():
+    data, _ = problem()
+    with pytest.raises(DataError, match="scale"):
+        learn_dictionary(1e25 * data.float(), KSvd(2), atoms=5)
+
+
+def test_unrolled_steps_never_raise_the_unrolled_objective():
+    data, _ = problem(noise=0.2)
+    for through in (0, 3, None):
+        method = Unrolled(SparseModel(0.1), steps=8, through=through)
+        D = learn_dictionary(data, method, atoms=12, iterations=1).dictionary
+        memory = method.code(D, data, None)
+        for _ in range(6):
+            before = method.objective(D, data, memory)
+            D, memory = method.update(D, data, memory)
+            assert method.objective(D, data, memory) <= before
 
 
 def test_few_signals_and_many_atoms():

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from firmly.errors import SettingsError, ShapeError
+from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.priors.learning import Method, directions, normalised
 from firmly.priors.sparse_model import descend
 
@@ -26,6 +26,7 @@ class Constraint(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
 class UnitRows:
     """Rows of unit norm: a gradient step, then every row is scaled back.
 
@@ -39,6 +40,7 @@ class UnitRows:
         return normalised(operator - step * gradient)
 
 
+@dataclasses.dataclass(frozen=True)
 class TightFrame:
     """Unit-norm tight frames: rows of unit norm and Gamma'Gamma = (p / m) I, so that no direction is given up.
 
@@ -100,7 +102,12 @@ class AnalysisOperator(Method):
 
     def refuse(self, dictionary: Tensor, data: Tensor) -> None:
         super().refuse(dictionary, data)
-        self.constraint.nearest(dictionary)
+        away = float((self.constraint.nearest(dictionary) - dictionary).abs().max())
+        if away > 1e-3:
+            raise DataError(
+                f"the operator to start from is {away:.2g} away from its constraint {self.constraint}; take "
+                "constraint.nearest of it"
+            )
 
     @torch.no_grad()
     def code(self, dictionary: Tensor, data: Tensor, memory: Denoised | None) -> Denoised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -106,11 +107,12 @@ def learn_dictionary(
     """Alternate the two steps of `method` on signals (batch, m), from `start` or from `atoms` of the signals.
 
     A round codes and updates once. Atoms that no signal uses are replaced by what is represented worst, and counted.
-    Learning ends after `iterations` (rounds; passes over the data for `Online`), or when a round on all data
-    lowers the objective by at most `tol` times its value. `callback(round, dictionary, objective)` follows each round.
-    Ctrl-C ends learning with the dictionary of the last whole round. All randomness comes from `seed`.
+    Learning ends after `iterations` (rounds; passes over the data for `Online`), or when a round on all data lowers the
+    objective by at most `tol` times its value. `callback(round, dictionary, objective)` follows each round. Ctrl-C ends
+    learning with the dictionary of the last whole round. All randomness comes from `seed`.
 
-    Raises `ShapeError` and `DataError` for misfit, non-finite or integer data, `SettingsError` for senseless settings.
+    Raises `ShapeError` and `DataError` for misfit, non-finite or integer data and for an objective that overflows, and
+    `SettingsError` for senseless settings.
     """
     if iterations < 1 or not 0 <= tol < 1:
         raise SettingsError(f"iterations is at least 1 and tol in [0, 1), given {iterations} and {tol}")
@@ -183,6 +185,11 @@ def _alternate(
             better, after = method.update(dictionary, batch, after)
             better, count = _replace_unused(better, batch, method, after, generator)
             objective = method.objective(better, batch, after)
+            if not math.isfinite(objective):
+                raise DataError(
+                    f"the objective of round {len(objectives) + 1} is {objective}: the signals have entries up to "
+                    f"{float(batch.abs().max()):.2g}; scale them, or use float64"
+                )
             dictionary, memory, replaced = better, after, replaced + count
             objectives.append(objective)
             if callback is not None:

@@ -59,7 +59,7 @@ class SparseModel:
     def squared_norm(self, dictionary: Tensor) -> float:
         """An upper bound of the Lipschitz constant of the gradient of F in z."""
         seen = 1.0 if self.observation is None else self.observation.squared_norm()
-        return seen * self.synthesis.squared_norm(dictionary)
+        return seen * self.synthesis.squared_norm(dictionary) or 1.0  # operators may all be zero
 
     def value(self, dictionary: Tensor, data: Tensor, code: Tensor) -> Tensor:
         """The mean of F over the signals, differentiable: a scalar."""
