@@ -15,7 +15,8 @@ from firmly.linear.basis import Basis, Dense, Fourier
 from firmly.linear.map import LinearMap
 
 # One dense block of `DENSE_COLUMNS` takes seconds in every method. In a larger one, up to `LARGE_COLUMNS`, norms and
-# multipliers of layers are still quick: it is tried after the singular values of one operator.
+# multipliers of layers are still quick: it is tried after the singular values of one operator, and where
+# no torus does the same with small blocks.
 DENSE_COLUMNS, LARGE_COLUMNS = 400, 2000
 
 
@@ -49,7 +50,8 @@ def choices(system: System) -> Iterator[BasisChoice]:
     Zero-padded networks have the frequencies of a larger torus. Where all maps are made of one operator, its singular
     values are enough, or a bound of its norm.
     """
-    if (torus := torus_of(system)) is not None:
+    torus = torus_of(system)
+    if torus is not None:
         yield BasisChoice("fourier", torus)
     for spatial in dict.fromkeys(tuple(n.shape[1:]) for n in system.nodes if len(n.shape) > 1):
         yield BasisChoice("fourier", spatial)
@@ -59,7 +61,7 @@ def choices(system: System) -> Iterator[BasisChoice]:
         yield BasisChoice("dense")
     if (operator := only_operator(system)) is not None:
         yield BasisChoice("singular", operator=operator)
-    if DENSE_COLUMNS < columns <= LARGE_COLUMNS and not system.is_complex:
+    if torus is None and DENSE_COLUMNS < columns <= LARGE_COLUMNS and not system.is_complex:
         yield BasisChoice("dense")
     yield BasisChoice("norms")
 
