@@ -78,7 +78,7 @@ def follow_central_path(found: Layers, rho: float, nu: Tensor, tolerance: float,
         moved, length = problem.search(point, direction, decrement, tau)
         best.steps += 1
         if moved is None:
-            best.finished = share <= tolerance
+            best.finished = share <= tolerance and decrement < problem.parameter
             break
         point = moved
         if point.required < best.rho:

@@ -23,6 +23,7 @@ from firmly.certificates.layers import Layers
 
 MEMORY = 20  # pairs of L-BFGS
 NEWTON = 1500  # multipliers up to which a matrix with a row for each is factored
+SHALLOW = (6, 400)  # layers and multipliers up to which Newton's method starts from ECLipsE-Fast
 ROUGH = 0.1  # tolerance of L-BFGS before Newton's method
 LONGEST = 2.0  # step in log nu: a factor of about seven
 
@@ -39,13 +40,17 @@ class LayeredResult:
 def lipsdp_multipliers(found: Layers, tolerance: float = 1e-4, budget_s: float = 60.0) -> LayeredResult:
     """Multipliers with a rho within about `tolerance` of the optimum, or the best that the time allows.
 
-    Newton's method starts where L-BFGS becomes slow, and where a deep network makes it slow in turn, L-BFGS goes on
-    from there.
+    Newton's method starts where L-BFGS becomes slow, for small and shallow networks at once. Where a deep network makes
+    it slow in turn, L-BFGS goes on from there.
     """
     deadline = time.monotonic() + budget_s
     rho, start = eclipse_multipliers(found)
     if not SMALLEST < rho < math.inf or found.multipliers == 0:
         return LayeredResult(rho, rho * start, 0)
+    if len(found.rows) <= SHALLOW[0] and found.multipliers <= SHALLOW[1]:
+        path = follow_central_path(found, rho, start, tolerance, deadline)
+        if path.finished or time.monotonic() > deadline:
+            return LayeredResult(path.rho, path.rho * path.nu, path.steps)
     rough = max(ROUGH, tolerance)
     coarse = replace(found, owner=[torch.zeros_like(o) for o in found.owner])
     first = torch.tensor([0, *found.counts[:-1]]).cumsum(0)
