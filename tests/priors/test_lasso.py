@@ -196,6 +196,13 @@ def test_a_limit_is_reported():
     assert (found.iterations == 10).all() and "max_iterations" in str(found.status)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_data_that_single_precision_does_not_hold(scale):
+    found = lasso(D, scale * Y, scale * 0.7, tol=1e-12)
+    assert found.status is SparseCodingStatus.CONVERGED
+    torch.testing.assert_close(found.code / scale, lasso(D, Y, 0.7, tol=1e-12).code, rtol=1e-5, atol=1e-6)
+
+
 def test_an_absolute_tolerance_is_enough():
     assert lasso(D, Y, 0.7, tol=0, absolute_tol=1e-3).status is SparseCodingStatus.CONVERGED
 

@@ -47,7 +47,8 @@ class ActiveSet:
     ):
         self.problem, self.gram, self.known_step = problem, gram, step_size
         # single precision squares such data without harm
-        sizes = float(problem.y.abs().amax()), float(gram.diagonal().amax()) ** 0.5
+        sizes = [float(problem.y.abs().amax()), float(gram.diagonal().amax()) ** 0.5]
+        sizes += [float(problem.penalty.weight.min()), float(problem.penalty.weight.max())]
         self.rough = torch.float32 if all(SAFE[0] < size < SAFE[1] for size in sizes) else problem.y.dtype
         self.taken, self.block, self.turn = 0, STEPS, ROUNDS
         self.rounds = 0 if joining is None else FIRST_ROUNDS

@@ -32,7 +32,7 @@ def duality_gap(D: Tensor | LinearMap, y: Tensor, penalty: float | Tensor | Pena
     `lasso`. A code that is negative under a constraint has the gap infinity.
     Sources: Bonnefoy et al., Dynamic screening, 2015; Fercoq, Gramfort and Salmon, Mind the duality gap, 2015.
     """
-    problem = Problem.of(D, y, as_penalty(penalty)).to(torch.float64)
+    problem = Problem.of(D, y, as_penalty(penalty))
     z = problem.flat_code("code", code).double()
     r = problem.residual(z)
     return gap_at(problem.penalty, z, r, problem.correlate(r))

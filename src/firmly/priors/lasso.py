@@ -76,15 +76,15 @@ def lasso(
         raise SettingsError(f"tol and absolute_tol are finite and at least 0, given {tol} and {absolute_tol}")
     if max_iterations < 1:
         raise SettingsError(f"max_iterations is at least 1, given {max_iterations}")
-    problem = Problem.of(D, y, as_penalty(penalty))
-    first = torch.zeros(len(y), math.prod(problem.D.domain), dtype=y.dtype, device=y.device)
+    exact = Problem.of(D, y, as_penalty(penalty))
+    first = torch.zeros(len(y), math.prod(exact.D.domain), dtype=y.dtype, device=y.device)
     if start is not None:
-        first = problem.penalty.upward(problem.flat_code("start", start).to(y.dtype))
-    energy = problem.y.double().square().sum(1)
+        first = exact.penalty.upward(exact.flat_code("start", start).to(y.dtype))
+    energy = exact.y.square().sum(1)
     if not bool(torch.isfinite(energy).all()):
         raise DataError("the squared norm of y overflows in float64; scale the data")
     goal = (energy * (tol / 2)).clamp(min=absolute_tol)
-    found = solve(problem, first, goal, max_iterations)
+    found = solve(exact, first, goal, max_iterations)
     converged = found.gap <= goal
     if bool(converged.all()):
         status = SparseCodingStatus.CONVERGED
@@ -92,22 +92,22 @@ def lasso(
         status = SparseCodingStatus.LIMIT
     else:
         status = SparseCodingStatus.PRECISION
-    code = found.code.unflatten(1, problem.D.domain)
+    code = found.code.unflatten(1, exact.D.domain)
     return SparseCode(code, found.gap, found.objective, converged, found.iterations, status)
 
 
-def solve(problem: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
-    """Newton's method wherever columns of D are at hand and groups have one entry, else accelerated gradients."""
+def solve(exact: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
+    """Newton's method where D is a matrix and groups have one entry, else accelerated steps; in the precision of z."""
     n, every = z.shape[1], torch.arange(len(z), device=z.device)
-    atoms = problem.D.weight.detach() if isinstance(problem.D, Dense) and problem.penalty.group == 1 else None
+    atoms = exact.D.weight if isinstance(exact.D, Dense) and exact.penalty.group == 1 else None
     if atoms is not None and (n > WIDE * len(z) or n > WIDEST):
-        parts = [solve_on_working_sets(problem.rows(i), z[i], goal[i], limit) for i in every.split(1)]
+        parts = [solve_on_working_sets(exact.rows(i), z[i], goal[i], limit) for i in every.split(1)]
     else:
-        step_size = 1 / largest_eigenvalue(problem)
-        gram = None if atoms is None else atoms.mT @ atoms
+        problem, step_size = exact.to(z.dtype), 1 / largest_eigenvalue(exact)
+        gram = None if atoms is None else (atoms.mT @ atoms).to(z.dtype)
         parts = []
         for rows in every.split(CHUNK.get(z.device.type, CHUNK["cuda"])):
             part, first = problem.rows(rows), z[rows]
             solver = Accelerated(part, first, step_size) if gram is None else ActiveSet(part, first, gram, step_size)
-            parts.append(run(solver, part, first, goal[rows], limit))
+            parts.append(run(solver, exact.rows(rows), first, goal[rows], limit))
     return Found(*(torch.cat(p) for p in zip(*parts)))

@@ -29,7 +29,7 @@ def weight_max(D: Tensor | LinearMap, y: Tensor, penalty: float | Tensor | Penal
 
     With the default penalty it is the weight itself that is usually called lambda_max. Shapes as in `lasso`.
     """
-    problem = Problem.of(D, y, as_penalty(penalty)).to(torch.float64)
+    problem = Problem.of(D, y, as_penalty(penalty))
     return (problem.penalty.pull(problem.correlate(problem.y)) / problem.penalty.weight).amax(1)
 
 

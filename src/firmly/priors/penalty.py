@@ -33,7 +33,7 @@ class Penalty:
         self.weight, self.curvature, self.group, self.nonnegative = weight, float(curvature), group, bool(nonnegative)
 
     def on(self, y: Tensor, entries: int) -> Penalty:
-        """The same penalty with weights (batch or 1, n / group) in the precision and on the device of y."""
+        """The same penalty with weights (batch or 1, 1 or n / group) in float64 on the device of y."""
         if entries % self.group:
             raise ShapeError(f"codes of {entries} entries do not divide into groups of {self.group}")
         shape = (len(y), entries // self.group)
@@ -44,9 +44,7 @@ class Penalty:
                 f"weights of shape {tuple(self.weight.shape)} do not broadcast against (batch, groups) = {shape}; "
                 "one weight for each problem has shape (batch, 1), for each group (groups,)"
             ) from None
-        weight = self.weight.to(device=y.device, dtype=y.dtype)
-        if not bool((weight > 0).all()):
-            raise SettingsError(f"weights as small as {float(self.weight.min()):g} are zero in {y.dtype}; use float64")
+        weight = self.weight.to(device=y.device, dtype=torch.float64)
         return self.weighing(weight.reshape(1, -1) if weight.dim() < 2 else weight)
 
     def rows(self, chosen: Tensor) -> Penalty:
@@ -58,7 +56,10 @@ class Penalty:
         return self if self.weight.shape[1] == 1 else self.weighing(self.weight[:, chosen])
 
     def to(self, dtype: torch.dtype) -> Penalty:
-        return self.weighing(self.weight.to(dtype))
+        weight = self.weight.to(dtype)
+        if not bool((weight > 0).all()):
+            raise SettingsError(f"weights as small as {float(self.weight.min()):g} are zero in {dtype}; use float64")
+        return self.weighing(weight)
 
     def heavier(self, factor: Tensor) -> Penalty:
         """The penalty with weights multiplied by `factor`, (batch, 1)."""

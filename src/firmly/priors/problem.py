@@ -24,12 +24,10 @@ class Problem:
 
     @classmethod
     def of(cls, D: Tensor | LinearMap, y: Tensor, penalty: Penalty) -> Problem:
-        """The problem, refused with the reason if the shapes do not fit or an entry is not finite."""
+        """The problem in float64, refused with the reason if the shapes do not fit or an entry is not finite."""
         if isinstance(D, Tensor):
             finite("the dictionary", D)
             D = Dense(D.detach())
-        if isinstance(D, Dense) and D.weight.dtype != y.dtype and y.is_floating_point():
-            D = Dense(D.weight.detach().to(y.dtype))
         if D.is_complex:
             raise DataError("the dictionary is complex; codes are real: stack its real and imaginary parts")
         expected = tuple(D.codomain)
@@ -41,7 +39,8 @@ class Problem:
         finite("y", y)
         if y.dtype not in (torch.float32, torch.float64):
             raise DataError(f"sparse coding runs in float32 or float64, given {y.dtype}; use .float()")
-        return cls(D, y.detach().flatten(1), penalty.on(y, math.prod(D.domain)))
+        D = Dense(D.weight.detach().double()) if isinstance(D, Dense) else D
+        return cls(D, y.detach().double().flatten(1), penalty.on(y, math.prod(D.domain)))
 
     def flat_code(self, what: str, z: Tensor) -> Tensor:
         """A code (batch, *domain) as (batch, n)."""

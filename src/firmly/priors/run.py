@@ -36,9 +36,8 @@ class Found(NamedTuple):
     stalled: Tensor
 
 
-def run(solver: Solver, problem: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
-    """Advance from z until the gap of every problem (in float64) is within its goal or stands still, or the limit."""
-    exact = problem.to(torch.float64)
+def run(solver: Solver, exact: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
+    """Advance from z until every gap is within its goal or stands still, or the limit; `exact` is in float64."""
     code, gap, objective = z.clone(), torch.full_like(goal, math.inf), torch.full_like(goal, math.inf)
     iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     waited = iterations.clone()

@@ -20,8 +20,8 @@ PATIENCE = 3  # rounds without a smaller gap where rounding is all that moves
 INNER = 0.1  # gap of a working set, relative to that of the whole problem
 
 
-def solve_on_working_sets(problem: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
-    """The code of one problem, (1, n), whose dictionary is a matrix.
+def solve_on_working_sets(exact: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
+    """The code of one problem, (1, n), whose dictionary is a matrix; z has the precision to compute in.
 
     The atoms that violate their optimality condition most join the working set, which at most doubles; the problem on
     the working set is solved by `ActiveSet` to a tenth of the gap of the whole problem, and so on until that is within
@@ -29,15 +29,14 @@ def solve_on_working_sets(problem: Problem, z: Tensor, goal: Tensor, limit: int)
     Sources: Johnson and Guestrin, Blitz: a principled meta-algorithm for scaling sparse optimization, 2015; Massias,
     Gramfort and Salmon, Celer: a fast solver for the Lasso with dual extrapolation, 2018.
     """
-    exact = problem.to(torch.float64)
-    floor, atoms = rounding_floor(exact, z.dtype), problem.D.weight.detach()
+    floor, atoms = rounding_floor(exact, z.dtype), exact.D.weight
     inside, u = torch.nonzero(z[0])[:, 0], z[z != 0][None]
     rows = atoms.index_select(1, inside).mT.contiguous()  # the atoms of the working set
     gram = rows @ rows.mT
     best = Found(z, *(torch.full_like(goal, math.inf) for _ in range(2)), torch.zeros_like(goal).long(), goal < 0)
     done = waited = 0
     while True:
-        r = exact.y - u.double() @ rows.double()
+        r = exact.y - u.double() @ rows
         c = exact.correlate(r)
         found = gap_at(exact.penalty, z.double(), r, c)
         if bool(found.gap < best.gap):
@@ -57,9 +56,9 @@ def solve_on_working_sets(problem: Problem, z: Tensor, goal: Tensor, limit: int)
             gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.mT, more @ more.mT], 1)])
             inside, rows = torch.cat([inside, new]), torch.cat([rows, more])
             u = torch.nn.functional.pad(u, (0, len(new)))
-        part = replace(problem, D=Dense(rows.mT), penalty=problem.penalty.atoms(inside))
+        part = replace(exact, D=Dense(rows.mT), penalty=exact.penalty.atoms(inside))
         aim = (found.gap * INNER).clamp(min=0.5 * goal) if len(new) else 0.1 * goal
-        inner = run(ActiveSet(part, u, gram, joining=JOINING), part, u, aim, limit - done)
+        inner = run(ActiveSet(part.to(z.dtype), u, gram.to(z.dtype), joining=JOINING), part, u, aim, limit - done)
         done += int(inner.iterations) + 1
         u = inner.code
         z = torch.zeros_like(z).index_copy(1, inside, u)
