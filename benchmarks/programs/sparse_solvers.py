@@ -56,9 +56,9 @@ def peers() -> dict[str, Looped]:
         from sklearn.linear_model import Lasso
 
         def sklearn(tol: float) -> Solver:
-            return lambda D, y, w: Lasso(alpha=w / len(y), fit_intercept=False, tol=tol, max_iter=10**6).fit(D, y).coef_
+            return lambda D, y, w: Lasso(alpha=w / len(y), fit_intercept=False, tol=tol, max_iter=10**5).fit(D, y).coef_
 
-        found["scikit-learn"] = Looped(sklearn, TOLERANCE / 2, 1e-14)
+        found["scikit-learn"] = Looped(sklearn, TOLERANCE / 2, 1e-12)
     except ImportError:
         pass
     try:
@@ -67,7 +67,7 @@ def peers() -> dict[str, Looped]:
         def celer(tol: float) -> Solver:
             return lambda D, y, w: package.Lasso(alpha=w / len(y), fit_intercept=False, tol=tol).fit(D, y).coef_
 
-        found["celer"] = Looped(celer, TOLERANCE / 2, 1e-14)
+        found["celer"] = Looped(celer, TOLERANCE / 2, 1e-12)
     except ImportError:
         pass
     try:
