@@ -96,6 +96,7 @@ def test_on_the_gpu():
     ({"sparsity": 2, "data": torch.zeros(3, 9)}, ShapeError), ({"sparsity": 2, "data": torch.zeros(10)}, ShapeError),
     ({"sparsity": 2, "data": torch.full((3, 10), float("nan"))}, DataError),
     ({"sparsity": 2, "data": torch.zeros(3, 10, dtype=torch.int64)}, DataError),
+    ({"sparsity": 2, "data": torch.zeros(3, 10, dtype=torch.float16)}, DataError),
     ({"sparsity": 2, "dictionary": 2 * dictionary(10, 25)}, DataError),
     ({"sparsity": 2, "dictionary": torch.zeros(10)}, ShapeError),
     ({"sparsity": 2, "dictionary": torch.full((10, 25), float("inf"))}, DataError),

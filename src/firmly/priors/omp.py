@@ -140,8 +140,8 @@ def refuse_signals(data: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(data.shape[1:]) != tuple(shape) or data.dim() != max(len(shape), 1) + 1 or len(data) == 0:
         expected = ", ".join(map(str, ("batch", *shape)))
         raise ShapeError(f"signals have shape ({expected}) with a batch of at least one, given {tuple(data.shape)}")
-    if not data.is_floating_point():
-        raise DataError(f"signals are real floating-point numbers, given {data.dtype}; use .float()")
+    if data.dtype not in (torch.float32, torch.float64):
+        raise DataError(f"signals are real numbers in float32 or float64, given {data.dtype}; use .float()")
     bad = int((~torch.isfinite(data)).sum())
     if bad:
         raise DataError(f"{bad} of {data.numel()} entries of the signals are NaN or infinite; clean them first")
