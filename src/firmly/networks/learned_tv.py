@@ -42,8 +42,8 @@ def learned_tv(
 
     Untrained, "taut" is proximal gradient descent (C = I - A*A / |A|^2, E = A* / |A|^2, mu = weight / |A|^2),
     "synthesis" ISTA in the jumps (the same with A L), and "condat-vu" the algorithm with dual step 1/2.
-    `nonexpansive=True` keeps |C| <= 1 whatever is learned, so that every layer is nonexpansive in its state; the inner
-    layers of "lista" are included. It does not apply to "condat-vu".
+    `nonexpansive=True` keeps |C| <= 1 whatever is learned: every layer of "taut" and "synthesis" and every inner layer
+    of "lista", a proximal map after C, is then nonexpansive in its state. It does not apply to "condat-vu".
     Sources: Cherkaoui, Sulam and Moreau, Learning to solve TV regularised problems with unrolled algorithms, 2020; in
     its Condat-Vu network we penalise all differences, and the step uses |Differences|^2 (docs/learned_tv.md).
     """
