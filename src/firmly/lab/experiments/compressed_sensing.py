@@ -34,7 +34,8 @@ class SensingSettings:
     data in training and test, `more_noise` that of an additional test. `start_noise` regularises the linear start Q.
     The rival ISTA-Net+ has `phases` layers of `channels` channels, and with `constrained` its steps and thresholds stay
     in range; the rival ADMM-Net has as many stages and about as many parameters. So has the certified network of
-    `depth` layers, with filters of `filter_size` pixels, whose slopes `cap` bounds (1: firmly nonexpansive layers). An
+    `depth` layers, with filters of `filter_size` pixels, whose slopes `cap` bounds (1: firmly nonexpansive layers); its
+    steps are 1, the projection onto the data, unless `learn_steps`: learned ones come near 2, where bounds grow. An
     epoch has `rival_steps` steps for the rival and `steps` for the certified network, which take about as long;
     `scalar_rate` is the rate of the latter's scalars relative to `our_rate`. `ratios` are further ratios to train for;
     `scene` is the photograph that is shown. `attack` is the size of the perturbation relative to the data.
@@ -53,6 +54,7 @@ class SensingSettings:
     depth: int = 20
     filter_size: int = 5
     cap: float = 1.0
+    learn_steps: bool = False
     threshold: tuple[float, ...] = (0.003, 0.001)
     crop: int = 66
     batch: int = 4

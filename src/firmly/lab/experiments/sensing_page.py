@@ -158,12 +158,19 @@ def put_back(projection: Projection, rival: str) -> Section:
     cost = projection.before - projection.after
     text = (
         "A gradient step x - rho A*(A x - y) is nonexpansive only for rho in [0, 2 / |A|^2], and a soft threshold only "
-        f"for theta >= 0. Training does not know of this: {steps} steps and {thresholds} thresholds of {rival} have "
-        f"left their range. Putting them back takes its PSNR from {projection.before:.2f} to {projection.after:.2f} "
-        f"dB, a loss of {cost:.2f} dB"
-        + (". " if check.broken else ": there is nothing to put back in this run. ")
-        + "It is necessary for a certificate layer by layer, and not sufficient."
+        "for theta >= 0. Training does not know of this. "
     )
+    if check.holds:
+        text += (
+            f"In this run all steps and thresholds of {rival} have stayed in their range; those that its authors "
+            "published, trained longer, have not."
+        )
+    else:
+        text += (
+            f"{steps} steps and {thresholds} thresholds of {rival} have left their range. Putting them back takes its "
+            f"PSNR from {projection.before:.2f} to {projection.after:.2f} dB, a loss of {cost:.2f} dB."
+        )
+    text += " To be inside is necessary for a certificate layer by layer, and not sufficient."
     rows = [(e.name, e.kind, f"{e.low:.4g}", "" if e.holds else "outside") for e in check.entries]
     table = Table(("", "kind", "value", ""), rows, f"The limit of the steps is {check.limit:.6g}.")
     return Section("Steps and thresholds of the rival, checked", text, (table,))

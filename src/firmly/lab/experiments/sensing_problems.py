@@ -92,7 +92,8 @@ def certified_network(A: LinearMap, Q: LinearMap, settings: Any, budget: int) ->
     ridge = Ridge(dct_filters(size, count), Clip(count, 1.0), cap=settings.cap, zero_mean=True)
     waived = ("prior",) if settings.cap > 1 else ()
     algorithm = ForwardBackward(A, GradientStep(ridge), step_size=1.0)
-    network = unroll(algorithm, settings.depth, learn=("step_size", "prior"), waive=waived)
+    learned = ("step_size", "prior") if settings.learn_steps else ("prior",)
+    network = unroll(algorithm, settings.depth, learn=learned, waive=waived)
     for layer, threshold in zip(network.layers, geometric(settings.threshold, settings.depth)):
         nn.init.constant_(layer.prior.ridge.activation.log_threshold, math.log(threshold))
     return WarmStart(network, Q)
