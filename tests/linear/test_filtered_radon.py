@@ -38,7 +38,8 @@ def test_a_disc_is_reconstructed_from_its_exact_projections():
     image = B.T(B.weighted(y))[0, 0]
     distance = (s[:, None] ** 2 + s**2).sqrt()
     assert float((image[distance < radius - 3] - 1).abs().max()) < 0.05
-    assert abs(float(image[distance > radius + 3].mean())) < 0.01
+    ring = (distance > radius + 3) & (distance < size / 2 - 1)  # corners lie outside of the field of view
+    assert float(image[ring].abs().max()) < 0.03
 
 
 def test_norm_is_proved_and_tight():
