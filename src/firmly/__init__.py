@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, priors, prox
     from firmly.certificates import Certificate, attack, certify, verify
-    from firmly.fixedpoint import Solution, solve
+    from firmly.fixedpoint import Solution, fixed_point, implicit, solve
     from firmly.networks import unroll
 
 __version__ = "0.1.0"
@@ -26,7 +26,9 @@ __all__ = [
     "certify",
     "data",
     "errors",
+    "fixed_point",
     "fixedpoint",
+    "implicit",
     "lab",
     "linear",
     "networks",
@@ -42,6 +44,8 @@ _HOME = {
     "Solution": "fixedpoint",
     "attack": "certificates",
     "certify": "certificates",
+    "fixed_point": "fixedpoint",
+    "implicit": "fixedpoint",
     "solve": "fixedpoint",
     "unroll": "networks",
     "verify": "certificates",
