@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -78,7 +77,6 @@ class Method(NamedTuple):
     upper: float | None = None
     lower: float | None = None
     how: str = ""
-    seconds: float = 0.0  # of training
 
 
 def run(settings: CtSettings, run_folder: RunFolder, listen: Listener) -> Page:
@@ -204,23 +202,19 @@ def learned(
         image = phantoms.batch(settings.batch, generator)
         return measured(p.B, image, p.noise, generator), image
 
-    plan = Plan(
-        settings.epochs, settings.steps, settings.learning_rate, settings.scalar_rate, seed=settings.seed
-    )  # fmt: skip
-    began = time.monotonic()
+    plan = Plan(settings.epochs, settings.steps, settings.learning_rate, settings.scalar_rate, seed=settings.seed)
     outcome = train(
         net, sample, plan, run_folder, name,
         callback=lambda event: listen("training", {"name": TITLES[name], "total": total, **event}),
     )  # fmt: skip
     if outcome.status == "interrupted":
         raise KeyboardInterrupt
-    spent = time.monotonic() - began
     save_weights(run_folder / f"weights/{name}.safetensors", net, {"settings": dataclasses.asdict(settings)})
     listen("note", {"text": f"certifying: {TITLES[name]}"})
     certificate = certify(net, budget_s=settings.certify_seconds)
     certificate.save(run_folder / f"certificates/{name}.safetensors")
     parameters = sum(q.numel() for q in net.parameters())
-    return Method(TITLES[name], net, parameters, certificate.upper, certificate.lower, how(certificate), spent)
+    return Method(TITLES[name], net, parameters, certificate.upper, certificate.lower, how(certificate))
 
 
 def how(certificate: Certificate) -> str:
