@@ -51,7 +51,7 @@ def test_backwards_it_is_at_most_the_product(name, seed):
     system = system_of(net, (4,))
     found = layers(system)
     product = product_bound(blocks_of(system))
-    assert value(found, backward_multipliers(found)[1]) <= product * (1 + 1e-3)  # centre and radius are kept apart
+    assert value(found, backward_multipliers(found)) <= product * (1 + 1e-3)  # centre and radius are kept apart
     rho, nu = eclipse_multipliers(found)
     assert layered_gain(found, rho * nu, rho) <= product * (1 + 1e-3)
 
@@ -62,7 +62,7 @@ def test_the_factors_are_the_best_for_one_layer(name):
     weight = torch.tensor([[1.5]], **double)
     found = layers_of(Net(lambda x: 2.0 * ACTIVATIONS[name](x @ weight)), (1,))
     low, high = found.slopes[0]
-    for _, nu in (forward_multipliers(found), backward_multipliers(found)):
+    for nu in (forward_multipliers(found)[1], backward_multipliers(found)):
         assert value(found, nu) == pytest.approx(3.0 * max(abs(low), abs(high)), rel=1e-3)
         for factor in (0.9, 1.05):
             assert required_rho(found, factor * nu, [0, 1]) >= required_rho(found, nu, [0, 1]) * (1 - 1e-3)
@@ -92,6 +92,16 @@ def test_other_connections_than_chains():
     found = layers_of(Net(residual), (5,))
     assert not is_chain(found)
     assert math.isfinite(value(found, forward_multipliers(found)[1]))
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+def test_the_best_of_the_passes_and_their_mean(depth):
+    """The value of a pass is at least what its multipliers prove."""
+    found = layers_of(perceptron(4, *[6] * depth, 3), (4,))
+    passes = forward_multipliers(found)[1], backward_multipliers(found)
+    best = math.sqrt(eclipse_multipliers(found)[0])
+    for nu in (*passes, 0.5 * (passes[0] + passes[1])):
+        assert best <= value(found, nu) * (1 + 1e-9)
 
 
 def test_layers_of_zeros_and_linear_networks():

@@ -37,11 +37,9 @@ def eclipse_multipliers(found: Layers) -> tuple[float, Tensor]:
     rho, nu = forward_multipliers(found)
     if is_chain(found):
         backward = backward_multipliers(found)
-        mean = 0.5 * (nu + backward[1])
-        least = required_rho(found, mean, order)
-        if least <= min(rho, backward[0]):
-            return least, mean
-        rho, nu = min((rho, nu), backward, key=lambda pair: pair[0])
+        best = min(((required_rho(found, c, order), c) for c in (backward, 0.5 * (nu + backward))), key=lambda c: c[0])
+        if best[0] <= rho:
+            return best
     return required_rho(found, nu, order), nu
 
 
@@ -59,7 +57,7 @@ def centre_and_radius(slopes: tuple[float, float]) -> tuple[float, float]:
 
 
 def forward_multipliers(found: Layers) -> tuple[float, Tensor]:
-    """One factor per layer, for any connections: S is kept factored over the variables that later layers still see.
+    """rho and one factor per layer, for any connections: S is kept factored over the variables that later layers see.
 
     The factor of a loop is that of its outer view, slopes [0, h] of what enters it, over b / h: with slopes [0, b]
     inside, its own constraint is then at least as strong (docs/theory/loops).
@@ -107,7 +105,7 @@ def constrained(Q: Tensor, t: float, slopes: tuple[float, float]) -> Tensor:
     return t * identity - (0.5 * (slopes[0] + slopes[1]) * t) ** 2 * Q
 
 
-def backward_multipliers(found: Layers) -> tuple[float, Tensor]:
+def backward_multipliers(found: Layers) -> Tensor:
     """One factor per layer of a chain, from the last to the first."""
     O = full(found.output[len(found.rows)], found.outputs).value[0]
     K, mu = O.mH @ O, []
@@ -124,5 +122,4 @@ def backward_multipliers(found: Layers) -> tuple[float, Tensor]:
         if low * high:
             K = K - low * high * t * Z.mH @ Z
     rho = float(torch.linalg.eigvalsh(K)[-1])
-    nu = torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - MARGIN)
-    return rho * (1 + MARGIN), nu
+    return torch.cat(mu[::-1] or [torch.zeros(0, dtype=torch.float64)]) / (rho if rho > 0 else 1.0) * (1 - MARGIN)
