@@ -144,3 +144,9 @@ def test_a_margin_changed_by_loading_weights_is_seen():
     other(data(1, 3))
     other.load_state_dict(one.state_dict())
     torch.testing.assert_close(other(data(1, 3)), one(data(1, 3)))
+
+
+def test_frozen_layers_record_no_graph():
+    layer = made(3, 4, 0.5).requires_grad_(False)
+    assert not layer(data(2, 3)).requires_grad
+    assert layer(data(2, 3).requires_grad_()).requires_grad

@@ -20,6 +20,8 @@ from firmly.linear.monotone import monotonicity
 
 Splitting = EquilibriumForwardBackward | PeacemanRachford
 
+ADJOINT = 10  # times the tolerance is asked of the gradient, which rounds more often
+
 _errors: ContextVar[list[float] | None] = ContextVar("errors of equilibria", default=None)
 
 
@@ -27,8 +29,8 @@ def equilibrium(splitting: Splitting, w: Tensor, tol: float | None = None, max_i
     """The v with v = prox_g(W v + w) for every w of a batch, found by iterating `splitting` from w.
 
     `tol` bounds the residual as in `solve`; None is eps^(3/4) of the precision of w. The gradient solves the transposed
-    system (I - J)^T u = gradient, J the derivative of v -> prox_g(W v + w) at the equilibrium, to the same relative
-    residual, by GMRES; it can be taken once. Raises `ConditionError` for loops that are not proved monotone and
+    system (I - J)^T u = gradient, J the derivative of v -> prox_g(W v + w) at the equilibrium, by GMRES to a relative
+    residual of at most 10 tol; it can be taken once. Raises `ConditionError` for loops that are not proved monotone and
     `NotConverged` where either iteration ends above its tolerance. A traced w records the loop instead of solving it.
     Source: Bai, Kolter and Koltun, Deep equilibrium models, 2019 (implicit differentiation).
     """
@@ -42,13 +44,14 @@ def equilibrium(splitting: Splitting, w: Tensor, tol: float | None = None, max_i
             f"the equilibrium was not reached: {solution.status} (residual {solution.residual:.3g}, tolerance "
             f"{tol:.3g}, {solution.iterations} iterations)"
         )
-    v = solution.x.requires_grad_(torch.is_grad_enabled())
+    tensors = (w, *splitting.parameters(), *splitting.buffers())
+    v = solution.x.requires_grad_(torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     image = splitting.prior.prox(splitting.loop(v) + w, 1.0)
     if errors is not None:
         errors.append(relative_error(splitting, solution.x, image.detach()))
-    if not image.requires_grad:
+    if not v.requires_grad:
         return image
-    return Attached.apply(image, lambda u: torch.autograd.grad(image, v, u, retain_graph=True)[0], tol)
+    return Attached.apply(image, lambda u: torch.autograd.grad(image, v, u, retain_graph=True)[0], ADJOINT * tol)
 
 
 @torch.no_grad()
