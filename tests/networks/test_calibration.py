@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_every_layer_is_nearer_to_the_truth(variant):
     net = lista(D, 4, variant, weight=0.1)
     before = nmse_db(net(y), truth)
     reached = calibrate(net, y, truth)
-    assert all(b < a for a, b in zip(reached, reached[1:]))
+    assert all(b < a for a, b in pairwise(reached))
     assert reached[-1] < before - 1
     assert nmse_db(net(y), truth) == pytest.approx(reached[-1], abs=1e-9)
 
