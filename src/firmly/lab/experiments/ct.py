@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from firmly.algorithms import CondatVu, ForwardBackward
 from firmly.certificates import Certificate, attack, certify
 from firmly.lab.charts import Line, at_least, at_most
+from firmly.lab.engine import Device, Engine
 from firmly.lab.experiments.ct_problem import Phantoms, Problem, measured, problem, unused_error
 from firmly.lab.metrics import psnr, ssim
 from firmly.lab.page import Chart, Page, Pictures, Section, Table
@@ -23,7 +25,7 @@ from firmly.lab.settings import require
 from firmly.lab.study import Listener, Study
 from firmly.lab.training import Plan, train
 from firmly.lab.weights import save_weights
-from firmly.linear import Dense, Gradient
+from firmly.linear import Dense, Gradient, LinearMap
 from firmly.networks import unroll
 from firmly.prox import Clip, GradientStep, GroupL1, NonNegative, Ridge, dct_filters
 
@@ -55,6 +57,7 @@ class CtSettings:
     attack: float = 1.0
     certify_seconds: float = 30.0
     seed: int = 0
+    device: Device = "auto"
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -86,12 +89,17 @@ def run(settings: CtSettings, run_folder: RunFolder, listen: Listener) -> Page:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     truth = Phantoms(settings.size, "test").batch(settings.phantoms, generator)
     simulated = measured(p.B, truth, p.noise, generator)
+
+    def own() -> LinearMap:
+        """The operator for a network, which takes it to its device."""
+        return copy.deepcopy(p.B)
+
     methods = [
         Method("filtered back projection", p.B.T, 0, bracket.upper, bracket.lower, "norm of the linear map"),
         tuned_tv(settings, p, listen),
-        learned(settings, p, run_folder, listen, "primal-dual", primal_dual(settings, p)),
-        learned(settings, p, run_folder, listen, "certified", forward_backward(settings, p, settings.cap)),
-        learned(settings, p, run_folder, listen, "free", forward_backward(settings, p, None)),
+        learned(settings, p, run_folder, listen, "primal-dual", primal_dual(settings, own())),
+        learned(settings, p, run_folder, listen, "certified", forward_backward(settings, own(), settings.cap)),
+        learned(settings, p, run_folder, listen, "free", forward_backward(settings, own(), None)),
     ]
     methods, attacks = attacked(settings, p, methods, run_folder)
     with torch.no_grad():
@@ -147,9 +155,9 @@ ATTACK = (
 # -- the methods ---------------------------------------------------------------------------------------------------
 
 
-def total_variation(p: Problem, weight: float) -> CondatVu:
+def total_variation(B: LinearMap, weight: float) -> CondatVu:
     """min 1/2 |B x - y|^2 + weight TV(x) over x >= 0, isotropic."""
-    return CondatVu(p.B, GroupL1(weight), Gradient(p.B.domain), constraint=NonNegative())
+    return CondatVu(B, GroupL1(weight), Gradient(B.domain), constraint=NonNegative())
 
 
 def solved(algorithm: CondatVu, y: Tensor, iterations: int) -> Tensor:
@@ -167,24 +175,23 @@ def tuned_tv(settings: CtSettings, p: Problem, listen: Listener) -> Method:
     y = measured(p.B, truth, p.noise, generator)
     scores = []
     for done, weight in enumerate(settings.tv_weights, start=1):
-        image = solved(total_variation(p, weight), y, settings.tv_iterations)
+        image = solved(total_variation(p.B, weight), y, settings.tv_iterations)
         scores.append((float(psnr(image, truth).mean()), weight))
         listen("work", {"name": "total variation", "done": done, "total": len(settings.tv_weights)})
-    best = total_variation(p, max(scores)[1])
+    best = total_variation(p.B, max(scores)[1])
     return Method(TV, lambda data: solved(best, data, settings.tv_iterations), 1)
 
 
-def primal_dual(settings: CtSettings, p: Problem) -> nn.Module:
+def primal_dual(settings: CtSettings, B: LinearMap) -> nn.Module:
     """Unrolled Condat-Vu whose weights of total variation and step sizes are learned, layer by layer."""
-    algorithm = total_variation(p, 0.05)
-    return unroll(algorithm, settings.depth, learn=("step_size", "dual_step", "prior"))
+    return unroll(total_variation(B, 0.05), settings.depth, learn=("step_size", "dual_step", "prior"))
 
 
-def forward_backward(settings: CtSettings, p: Problem, cap: float | None) -> nn.Module:
+def forward_backward(settings: CtSettings, B: LinearMap, cap: float | None) -> nn.Module:
     """Unrolled forward-backward on the weighted data, started at filtered back projection, with a learned denoiser."""
     filters = dct_filters(settings.filter_size, settings.filters) / settings.filter_size
     ridge = Ridge(filters, Clip(settings.filters, 1.0), cap=cap, zero_mean=True)
-    algorithm = ForwardBackward(p.B, GradientStep(ridge))
+    algorithm = ForwardBackward(B, GradientStep(ridge))
     waived = () if cap is not None and cap <= 1 else ("prior",)
     net = unroll(algorithm, settings.depth, learn=("step_size", "prior"), waive=waived)
     for layer, threshold in zip(net.layers, torch.logspace(-1, -2, settings.depth).tolist()):
@@ -204,11 +211,12 @@ def learned(
 
     plan = Plan(settings.epochs, settings.steps, settings.learning_rate, settings.scalar_rate, seed=settings.seed)
     outcome = train(
-        net, sample, plan, run_folder, name,
+        net, sample, plan, run_folder, name, engine=Engine(settings.device),
         callback=lambda event: listen("training", {"name": TITLES[name], "total": total, **event}),
     )  # fmt: skip
     if outcome.status == "interrupted":
         raise KeyboardInterrupt
+    net.cpu()
     save_weights(run_folder / f"weights/{name}.safetensors", net, {"settings": dataclasses.asdict(settings)})
     listen("note", {"text": f"certifying: {TITLES[name]}"})
     certificate = certify(net, budget_s=settings.certify_seconds)
