@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from firmly.errors import ConditionError, NotConverged, SettingsError, ShapeError
-from firmly.fixedpoint import Status
-from firmly.linear import Monotone, monotonicity
+from firmly.algorithms import EquilibriumForwardBackward, PeacemanRachford
+from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError, ShapeError
+from firmly.fixedpoint import Status, equilibrium
+from firmly.linear import Convolution, Monotone, monotonicity
 from firmly.networks import MonotoneLayer
-from firmly.prox import L1, MCP, ElasticNet
+from firmly.prox import L1, MCP, ElasticNet, NonNegative
 
 double = {"dtype": torch.float64}
 
@@ -144,6 +145,15 @@ def test_a_margin_changed_by_loading_weights_is_seen():
     other(data(1, 3))
     other.load_state_dict(one.state_dict())
     torch.testing.assert_close(other(data(1, 3)), one(data(1, 3)))
+
+
+def test_a_large_loop_without_frequencies_needs_no_matrix():
+    C = Convolution(torch.tensor([0.2, 0.5, 0.1], **double), (1, 5000), "zero")
+    with pytest.raises(NotDiagonal, match="forward-backward"):
+        equilibrium(PeacemanRachford(Monotone(C, 0.9), NonNegative()), data(1, 1, 5000))
+    loop = Monotone(C, 0.9)
+    v = equilibrium(EquilibriumForwardBackward(loop, NonNegative()), data(1, 1, 5000))
+    torch.testing.assert_close(torch.relu(loop(v) + data(1, 1, 5000)), v)
 
 
 def test_frozen_layers_record_no_graph():

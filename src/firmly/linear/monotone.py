@@ -14,6 +14,8 @@ from firmly.linear.memo import Memo
 from firmly.linear.norms import EPS, exact_symbol, norm_of_blocks
 from firmly.linear.symbol import Symbol
 
+LARGEST_DENSE = 4096
+
 
 class Monotone(LinearMap):
     """W = (1 - margin) I - A*A + B - B*, for which <(I - W) v, v> = margin |v|^2 + |A v|^2 for every real v.
@@ -80,8 +82,9 @@ def monotonicity(loop: LinearMap) -> float:
 class LoopResolvent(LinearMap):
     """x -> (I + step (I - W))^-1 x, the resolvent of the strongly monotone map I - W, for step > 0.
 
-    Applied by the inverse matrix of every frequency where W is shift-invariant, else by the matrix. The inverse is kept
-    while no gradients are recorded and W is unchanged. Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
+    Applied by the inverse matrix of every frequency where W is shift-invariant, else by the matrix for domains of at
+    most 4096 entries; else it raises `NotDiagonal`. The inverse is kept while no gradients are recorded and W is
+    unchanged. Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
     """
 
     step: Tensor
@@ -119,6 +122,11 @@ class LoopResolvent(LinearMap):
                 return fourier, self._symbol(fourier).value
             except NotDiagonal:
                 pass
+        if math.prod(self.domain) > LARGEST_DENSE:
+            raise NotDiagonal(
+                f"no resolvent of {self.loop._get_name()} on {self.domain}: it is not shift-invariant and has over "
+                f"{LARGEST_DENSE} entries; use circular convolutions, or forward-backward splitting, which needs none"
+            )
         dense = Dense(track=False, device=x.device)
         return dense, self._symbol(dense).value
 
