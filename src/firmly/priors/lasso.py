@@ -20,7 +20,8 @@ from firmly.priors.run import Found, run
 from firmly.priors.working_set import solve_on_working_sets
 
 CHUNK = {"cpu": 512, "cuda": 2**15}  # problems at a time: so that they stay in the cache, or in memory
-WIDE = 40  # atoms for each problem above which the Gram matrix of all atoms costs more than it saves
+# what a problem costs on working sets, in multiplications of Gram matrices, measured: in all, and for each entry of D
+ALONE, ALONE_EACH = 3e7, 150
 WIDEST = 10_000  # atoms whose Gram matrix is too large to keep
 
 
@@ -100,7 +101,7 @@ def solve(exact: Problem, z: Tensor, goal: Tensor, limit: int) -> Found:
     """Newton's method where D is a matrix and groups have one entry, else accelerated steps; in the precision of z."""
     n, every = z.shape[1], torch.arange(len(z), device=z.device)
     atoms = exact.D.weight if isinstance(exact.D, Dense) and exact.penalty.group == 1 else None
-    if atoms is not None and (n > WIDE * len(z) or n > WIDEST):
+    if atoms is not None and (n > WIDEST or n * atoms.numel() > len(z) * (ALONE + ALONE_EACH * atoms.numel())):
         parts = [solve_on_working_sets(exact.rows(i), z[i], goal[i], limit) for i in every.split(1)]
     else:
         problem, step_size = exact.to(z.dtype), 1 / largest_eigenvalue(exact)
