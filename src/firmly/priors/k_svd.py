@@ -78,13 +78,13 @@ class KSvd(_Pursuit):
                 continue
             rows = mine // width
             missing = torch.addcmul(left[rows], values[mine, None], atoms[j])  # (users, m)
-            atom = self._direction(missing, atoms[j], values[mine])
+            atom = self._direction(missing, atoms[j])
             values[mine] = missing @ atom
             left[rows] = torch.addcmul(missing, values[mine, None], atom, value=-1)
             atoms[j] = atom
         return atoms.mT.contiguous(), OmpCode(memory.support, values.view_as(memory.values), memory.atoms)
 
-    def _direction(self, missing: Tensor, atom: Tensor, values: Tensor) -> Tensor:
+    def _direction(self, missing: Tensor, atom: Tensor) -> Tensor:
         if self.exact:
             top = torch.linalg.eigh((missing.mT @ missing).double())[1][:, -1].to(missing.dtype)
             top = top if torch.dot(top, atom) >= 0 else -top

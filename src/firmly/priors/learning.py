@@ -220,9 +220,9 @@ def _replace_unused(
 
 
 def mini_batches(data: Tensor, size: int, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """All signals in batches of at most `size`, in a new random order in every pass."""
+    """All signals in batches of at most `size`, all about as large, in a new random order in every pass."""
     for _ in range(passes):
-        for rows in torch.randperm(len(data), generator=generator).split(size):
+        for rows in torch.randperm(len(data), generator=generator).tensor_split(-(-len(data) // size)):
             yield data[rows.to(data.device)]
 
 

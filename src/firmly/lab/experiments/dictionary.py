@@ -245,8 +245,8 @@ def certificate_section(
         "which the images above are denoised, has no Lipschitz constant. Where two atoms tie it is discontinuous: here "
         f"two patches at a distance of {distance:.0e} have codes at a distance of {jump:.2f}. Not certified, because "
         f"nothing "
-        "here proves it: that learning finds the best dictionary. The problem is not convex; every method only lowers "
-        "its objective."
+        "here proves it: that learning finds the best dictionary. The problem is not convex; a method only lowers its "
+        "objective."
     )
     table = Table(("dictionary", "lower", "upper", "method"), rows, "Lipschitz constant from patch to code.", (1,))
     return Section("What is certified, and what is not", text, (table,)), certificates[1]
@@ -291,7 +291,7 @@ def gradient_section(settings: DictionarySettings, toy: toys.Toy, tell: toys.Tel
         "of the gain."
     )
     chart = Chart(lines, "steps T", "relative error of the gradient", log_x=True, log_y=True)
-    return Section("Is it worth to differentiate through the codes?", text, (chart,))
+    return Section("Does it pay to differentiate through the codes?", text, (chart,))
 
 
 def operators_section(settings: DictionarySettings, tell: toys.Tell) -> Section:
@@ -308,7 +308,7 @@ def operators_section(settings: DictionarySettings, tell: toys.Tell) -> Section:
         "start right where the first operator sees them, and at random on its null space. With one operator nothing is "
         "learned there, whatever the method: firmly refuses unless told blind=True. Several operators that see all "
         "of the space "
-        "together teach the rest."
+        "together teach more of it the more they are."
     )
     return Section("Learning from incomplete data", text, (table,))
 
