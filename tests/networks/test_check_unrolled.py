@@ -58,8 +58,8 @@ def test_project_puts_back_what_is_outside_and_nothing_else() -> None:
         net.phases[0].step.fill_(3.0)
         net.phases[2].prior.weight.fill_(-1.0)
     back = project(net, check_unrolled(net, net.A))
-    assert float(back.phases[0].step) <= 2 and float(back.phases[2].prior.weight) == 0
-    assert float(net.phases[0].step) == 3.0
+    assert back.phases[0].step.item() <= 2 and back.phases[2].prior.weight.item() == 0
+    assert net.phases[0].step.item() == 3.0
     torch.testing.assert_close(back.phases[1].lift.weight, net.phases[1].lift.weight)
 
 
