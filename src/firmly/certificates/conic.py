@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,15 +60,15 @@ def solved(found: Layers, start: Tensor, scale: float, budget_s: float) -> tuple
     p, q, unknown, value = quadratic_form(found, start, scale)
     place, value = torch.maximum(p, q) * (torch.maximum(p, q) + 1) // 2 + torch.minimum(p, q), value.clone()
     value[p != q] *= math.sqrt(0.5)  # half of it on either side of the diagonal, and Clarabel's factor sqrt(2)
-    columns = sparse.coo_matrix((value, (place, unknown)), (rows, count + 1)).tocsc()
+    columns = sparse.csc_matrix((value.numpy(), (place.numpy(), unknown.numpy())), (rows, count + 1))
     A = -sparse.vstack([columns[:, :count], sparse.identity(count)])
-    b = np.concatenate([columns[:, count].toarray().ravel(), np.zeros(count)])
+    b = sparse.vstack([columns[:, count], sparse.csc_matrix((count, 1))]).toarray().ravel()
     settings = clarabel.DefaultSettings()
     settings.verbose, settings.time_limit = False, budget_s
     settings.chordal_decomposition_enable = True
     settings.tol_gap_rel = settings.tol_gap_abs = settings.tol_feas = GAP
     cones = [clarabel.PSDTriangleConeT(width), clarabel.NonnegativeConeT(count)]
-    objective, none = np.eye(count)[0], sparse.csc_matrix((count, count))
+    objective, none = torch.eye(count, dtype=value.dtype)[0].numpy(), sparse.csc_matrix((count, count))
     solution = clarabel.DefaultSolver(none, objective, sparse.csc_matrix(A), b, cones, settings).solve()
     return torch.tensor(solution.x, dtype=torch.float64), int(solution.iterations)
 
