@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import firmly as fm
 from firmly.errors import SettingsError
-from firmly.lab.experiments.ct import CtSettings
+from firmly.lab.experiments.ct import CtSettings, forward_backward
 from firmly.lab.experiments.ct_problem import Phantoms, measured, problem, unused_error
 from firmly.lab.experiments.tv import TvSettings, snr
 from firmly.lab.experiments.tv_problem import heartbeat, iterated, jumps
@@ -37,6 +40,21 @@ def test_phantoms_and_their_data():
     noise = measured(p.B, objects[0], 1.0, generator) - clean
     expected = (p.B.codomain[1] * p.B.root.square().sum()).sqrt()
     assert abs(float(noise.flatten(1).norm(dim=1).mean() / expected) - 1) < 0.1
+
+
+def test_the_certificate_of_the_network_verifies_and_holds(tmp_path, monkeypatch):
+    """By intervals of singular values, as at full size, where the norm of the scanner comes from its rays."""
+    monkeypatch.setattr("firmly.linear.norms.SMALL_SIDE", 100)
+    p = problem(32, 20)
+    net = forward_backward(replace(CtSettings(), depth=2, filters=4, filter_size=3), p.B, 1.0)
+    certificate = fm.certify(net, budget_s=5)
+    assert certificate.basis.name == "singular"
+    certificate.save(tmp_path / "ct")
+    fm.verify(tmp_path / "ct", net)
+    pairs = torch.randn(2, 100, *p.B.codomain, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        moved = (net(pairs[0]) - net(pairs[1])).flatten(1).norm(dim=1) / (pairs[0] - pairs[1]).flatten(1).norm(dim=1)
+    assert float(moved.max()) <= certificate.upper < 2 * certificate.lower
 
 
 def test_jumps_have_the_setting_of_the_paper():

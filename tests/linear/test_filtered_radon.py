@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
+from firmly.errors import NotCertifiable
 from firmly.linear import Dense, FilteredRadon, Radon
 from firmly.linear.filtered_radon import ramp
 
@@ -50,6 +52,13 @@ def test_norm_is_proved_and_tight():
     gram, error = B._gram_of_rays()
     exact = B.matrix() @ B.matrix().mT
     assert float(torch.linalg.matrix_norm(gram - exact, 2)) < error < 1e-9
+
+
+def test_tensors_that_are_not_finite_have_no_norm():
+    B = FilteredRadon((1, 8, 8), half_turn(4), 9)
+    B.root[0, 0] = math.nan
+    with pytest.raises(NotCertifiable, match="not finite"):
+        B._upper()
 
 
 def test_loose_but_sound_beyond_the_largest_factorisation(monkeypatch):

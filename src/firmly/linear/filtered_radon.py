@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from firmly.errors import NotCertifiable
 from firmly.linear.dense import Dense
 from firmly.linear.norms import EPS, krylov_vector
 from firmly.linear.radon import Radon
@@ -54,6 +55,8 @@ class FilteredRadon(Radon):
         gram, error = self._gram_of_rays()
         vector = krylov_vector(self, steps=40)
         guess = float(self(vector).square().sum() / vector.square().sum())
+        if not math.isfinite(guess):
+            raise NotCertifiable(f"{self} has entries that are not finite numbers; check its tensors")
         slack = 1e-4
         while True:
             bound = guess * (1 + slack)
