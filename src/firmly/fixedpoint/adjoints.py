@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from firmly.errors import SettingsError
+
+
+class LinearSolver(Protocol):
+    """(I - J)^-T v if transposed, else (I - J)^-1 v, to the relative residual tol, which is measured afterwards."""
+
+    def __call__(
+        self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...], tol: float
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -15,16 +25,20 @@ class Implicit:
     J = dT/dx and B = dT/dp are derivatives of the map.
 
     `solver`: "gmres" (any map), "normal-cg" (conjugate gradients on the normal equations: any map, less memory),
-    "dense" (forms J: few entries). None as tolerance is eps^(3/4) of the precision. A residual above it raises
-    `NotConverged`: the gradient would be wrong. Memory does not grow with the iterations of the forward solver.
+    "dense" (forms J: few entries), "manifold" (`implicit` of ForwardBackward, Fista, HeavyBall: conjugate gradients on
+    the active manifold of the prior, the smallest system), or a `LinearSolver` of your own. None as tolerance is
+    eps^(3/4) of the precision. A residual above it raises `NotConverged`: the gradient would be wrong. Memory does not
+    grow with the iterations of the forward solver.
     """
 
-    solver: Literal["gmres", "normal-cg", "dense"] = "gmres"
+    solver: Literal["gmres", "normal-cg", "dense", "manifold"] | LinearSolver = "gmres"
     tol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.solver not in ("gmres", "normal-cg", "dense"):
-            raise SettingsError(f"the solver is gmres, normal-cg or dense; given {self.solver!r}")
+        if not callable(self.solver) and self.solver not in ("gmres", "normal-cg", "dense", "manifold"):
+            raise SettingsError(
+                f"the solver is gmres, normal-cg, dense, manifold or a linear solver; given {self.solver!r}"
+            )
         if self.tol is not None and not self.tol > 0:
             raise SettingsError(f"tol is positive or None, given {self.tol}")
 

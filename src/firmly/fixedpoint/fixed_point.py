@@ -25,7 +25,9 @@ class FixedPoint:
 
     `state` is x, as the map returns it. `residual` (batch,) is |T(x) - x| / max(|T(x)|, |x|) at exactly this x and
     `iterations` (batch,) what every element took. `error_bound` (batch,) bounds |x - x*| where a contraction factor was
-    given, else None. `backward_residuals` grows with every linear system that a derivative of `state` solves.
+    given, else None. `backward_residuals` grows with every linear system that a derivative of `state` solves, and with
+    `Implicit("manifold")` so does `least_curvatures`, the smallest curvature found on the active manifold over the
+    largest.
     """
 
     state: Any
@@ -34,10 +36,18 @@ class FixedPoint:
     iterations: Tensor
     error_bound: Tensor | None
     backward_residuals: list[float] = field(default_factory=list, repr=False)
+    least_curvatures: list[float] = field(default_factory=list, repr=False)
 
     @property
     def converged(self) -> bool:
         return self.status is Status.CONVERGED
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether a derivative found a direction without curvature: x is not unique, and what was returned is the
+        derivative of least norm, right for what is unique (predictions)."""
+        dtype = (self.state if isinstance(self.state, Tensor) else self.state[0]).dtype
+        return any(c <= torch.finfo(dtype).eps ** 0.75 for c in self.least_curvatures)
 
 
 def fixed_point(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firmly.errors import NotConverged
+from firmly.errors import NotConverged, SettingsError
 from firmly.fixedpoint.adjoints import Adjoint, AdjointWarning, Implicit, Neumann, OneStep
 from firmly.fixedpoint.gmres import gmres
 from firmly.fixedpoint.state import norms
@@ -64,8 +64,12 @@ class Problem:
             return self.judged(u, v, system, adjoint.tol)
         tol = adjoint.tol if isinstance(adjoint, Implicit) and adjoint.tol is not None else default_tol(v)
         kind = adjoint.solver if isinstance(adjoint, Implicit) else "gmres"
-        if kind == "dense":
+        if callable(kind):
+            u = kind(transposed, x, v, parameters, tol)
+        elif kind == "dense":
             u = solve_dense(system, v)
+        elif kind == "manifold":
+            raise SettingsError("Implicit('manifold') needs an algorithm with a prior: use firmly.implicit(algorithm)")
         elif kind == "normal-cg":
             other = self.push if transposed else self.pull
             u = normal_cg(system, lambda w: w - other(x, parameters, w), v, tol)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from firmly.algorithms.algorithm import Algorithm, check
 from firmly.errors import SettingsError
 from firmly.fixedpoint.adjoints import Adjoint, Checkpointed, Implicit, Unrolled
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
+from firmly.fixedpoint.manifold import ManifoldSolver, prior_of
 from firmly.fixedpoint.solve import refuse_bad
 from firmly.fixedpoint.solvers import Picard, Solver
 
@@ -49,10 +51,17 @@ class ImplicitLayer(nn.Module):
 
         with torch.no_grad():
             first = algorithm.start(y, start)
-        return fixed_point(
-            T, first, y, *tensors.values(), solver=self.solver, adjoint=self.adjoint, tol=self.tol,
+        adjoint, manifold = self.adjoint, None
+        if isinstance(adjoint, Implicit) and adjoint.solver == "manifold":
+            manifold = ManifoldSolver(algorithm, names)
+            adjoint = replace(adjoint, solver=manifold)
+        found = fixed_point(
+            T, first, y, *tensors.values(), solver=self.solver, adjoint=adjoint, tol=self.tol,
             max_iterations=self.max_iterations,
         )  # fmt: skip
+        if manifold is not None:
+            found.least_curvatures = manifold.least_curvatures
+        return found
 
 
 class Undamped(nn.Module):
@@ -96,5 +105,7 @@ def implicit(
             f"{type(algorithm).__name__} has momentum or relaxation, and derivatives of its iterations can diverge "
             "near kinks although the iterates converge: take adjoint=Implicit(), or unroll the plain algorithm"
         )
+    if isinstance(adjoint, Implicit) and adjoint.solver == "manifold":
+        prior_of(algorithm)
     check(algorithm.conditions(), waive)
     return ImplicitLayer(algorithm, adjoint, solver, tol, max_iterations, waive)

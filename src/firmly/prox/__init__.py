@@ -10,6 +10,7 @@ from firmly.prox.group_l1 import GroupL1
 from firmly.prox.huber import Huber
 from firmly.prox.kl import KullbackLeibler
 from firmly.prox.l1 import L1
+from firmly.prox.manifold import Manifold
 from firmly.prox.mixed_norm import MixedNorm
 from firmly.prox.norms import L2, SquaredL2
 from firmly.prox.prior import Prior, Slope, Zero, proximal
@@ -42,6 +43,7 @@ __all__ = [
     "L2Ball",
     "LinearSpline",
     "LogDet",
+    "Manifold",
     "MixedNorm",
     "MonotoneSpline",
     "NonNegative",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import ConditionError
+from firmly.prox.manifold import Manifold, on_support
 from firmly.prox.prior import Prior, indicator
 
 
@@ -32,6 +33,9 @@ class Box(Prior):
     def _prox(self, z: Tensor, step: float | Tensor) -> Tensor:
         return z.clamp(self.low, self.high)
 
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support((x > self.low) & (x < self.high))
+
     def extra_repr(self) -> str:
         return f"low={self.low}, high={self.high}"
 
@@ -46,3 +50,6 @@ class NonNegative(Prior):
 
     def _prox(self, z: Tensor, step: float | Tensor) -> Tensor:
         return torch.relu(z)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support(x > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from firmly.prox.l1 import soft_threshold
+from firmly.prox.manifold import Manifold, on_support
 from firmly.prox.prior import Prior, Slope, positive, smallest, sum_over_sample
 
 
@@ -32,3 +33,6 @@ class ElasticNet(Prior):
         positive("the weight of an elastic net", self.weight, allow_zero=True)
         positive("the curvature of an elastic net", self.curvature, allow_zero=True)
         return Slope.outward(0.0, 1 / (1 + smallest(positive("the step", step)) * smallest(self.curvature)))
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support(x != 0, self.curvature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from firmly.prox.manifold import Manifold, on_groups
 from firmly.prox.norms import shrink_factor
 from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
@@ -32,6 +33,9 @@ class GroupL1(Prior):
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
         positive("the weight of a group norm", self.weight, allow_zero=True)
         return super().slope_at(step)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_groups(x, self.weight, lambda v: v.sum(1, keepdim=True), lambda s: s)
 
 
 def channel_norm(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from firmly.prox.manifold import Manifold, on_support
 from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
 
@@ -28,6 +29,9 @@ class L1(Prior):
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
         positive("the weight of L1", self.weight, allow_zero=True)  # it may have been learned since
         return super().slope_at(step)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support(x != 0)
 
 
 def soft_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import ShapeError
+from firmly.prox.manifold import Manifold, on_groups
 from firmly.prox.norms import shrink_factor
 from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
@@ -44,3 +45,10 @@ class MixedNorm(Prior):
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
         positive("the weight of a mixed norm", self.weight, allow_zero=True)
         return super().slope_at(step)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        count = self.orientations
+        return on_groups(
+            x, self.weight, lambda v: v.sum(1).unflatten(1, (-1, count)).sum(2),
+            lambda s: s.repeat_interleave(count, 1)[:, None],
+        )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from firmly.prox.manifold import Manifold, on_groups, on_support
 from firmly.prox.prior import Prior, Slope, largest, over_entries, positive, smallest, sum_over_sample
 
 
@@ -31,6 +32,9 @@ class L2(Prior):
         positive("the weight of a norm", self.weight, allow_zero=True)
         return super().slope_at(step)
 
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_groups(x, self.weight, lambda v: v.flatten(1).sum(1), lambda s: over_entries(s, x))
+
 
 class SquaredL2(Prior):
     """g(x) = sum_i weight / 2 |x_i|^2 (Tikhonov); prox = z / (1 + t weight), whose slope is 1 / (1 + t weight).
@@ -53,6 +57,9 @@ class SquaredL2(Prior):
         low = 1 / (1 + largest(step) * largest(self.weight))
         high = 1 / (1 + smallest(positive("the step", step)) * smallest(self.weight))
         return Slope.outward(low, high)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support(torch.ones_like(x), self.weight)
 
 
 def shrink_factor(norm: Tensor, threshold: float | Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.errors import ConditionError, DataError
+from firmly.prox.manifold import Manifold, on_support
 
 Structure = Literal["separable", "channel", "group", "whole"]
 
@@ -69,6 +70,10 @@ class Prior(nn.Module):
     def conjugate_prox(self, z: Tensor, step: float | Tensor = 1.0) -> Tensor:
         """The prox of step g*, the convex conjugate, by Moreau: z - step prox_{g / step}(z / step)."""
         return conjugate_proximal(self, z, step)
+
+    def manifold(self, x: Tensor) -> Manifold | None:
+        """The active manifold at the value x of the prox (real data), None for priors that do not know it."""
+        return None
 
     def forward(self, z: Tensor, step: float | Tensor = 1.0) -> Tensor:
         return self.prox(z, step)
@@ -138,3 +143,6 @@ class Zero(Prior):
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
         positive("the step", step)
         return Slope(1.0, 1.0)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        return on_support(torch.ones_like(x))

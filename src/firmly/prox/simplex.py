@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from firmly.prox.manifold import Manifold
 from firmly.prox.prior import Prior, indicator, positive
 
 
@@ -34,6 +35,16 @@ class Simplex(Prior):
         if self.dim is None:
             return onto_simplex(z.flatten(1), self.total, 1).reshape(z.shape)
         return onto_simplex(z, self.total, self.dim)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        active, dims = x > 0, tuple(range(1, x.dim())) if self.dim is None else self.dim
+        count = active.sum(dims, keepdim=True)
+
+        def project(v: Tensor) -> Tensor:
+            inside = v * active
+            return (inside - inside.sum(dims, keepdim=True) / count) * active
+
+        return Manifold(project, torch.zeros_like)
 
     def extra_repr(self) -> str:
         return f"total={self.total}, dim={self.dim}"

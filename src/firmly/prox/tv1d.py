@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import DataError, ShapeError
+from firmly.prox.manifold import Manifold
 from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
 
@@ -43,6 +44,10 @@ class TV1D(Prior):
     def slope_at(self, step: float | Tensor = 1.0) -> Slope:
         positive("the weight of total variation", self.weight, allow_zero=True)
         return super().slope_at(step)
+
+    def manifold(self, x: Tensor) -> Manifold:
+        signs = x.diff(dim=-1).sign()
+        return Manifold(lambda v: block_means(v, torch.zeros_like(v[..., :1]), signs), torch.zeros_like)
 
 
 def per_signal(threshold: Tensor, z: Tensor) -> Tensor:
