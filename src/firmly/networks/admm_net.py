@@ -56,7 +56,7 @@ class AdmmNet(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """The image (batch, 1, height, width) for data y (batch, *A.codomain)."""
         x = data_prox(self.A, y, None, self.penalty)
-        beta = torch.zeros_like(x)
+        beta = 0.0 * x
         for _ in range(self.stages):
             z = self.denoised(x + beta)
             beta = beta + self.gamma * (x - z)

@@ -124,11 +124,11 @@ def certificate(bounds: Bounds, rival: str, settings: SensingSettings) -> Sectio
         "add up: L^2 = |Q|^2 + sum t / (2 - t |A|^2), where products of norms grow by t in every layer. The bound by "
         "multipliers uses more of the structure: it treats each D as one nonlinearity of the whole image and sees the "
         "operator through its singular values, of which a sampling with orthonormal rows has only 0 and 1. Both depend "
-        "on nothing but these values, the steps and the slopes, so that they hold at every image size of whole blocks."
-        "\n\n"
+        "on nothing but these values, the steps and the slopes, so that they hold at every image size"
+        + (" of whole blocks.\n\n" if settings.task == "blocks" else ".\n\n")
     )
     if bounds.rival_bound is None:
-        text += f"{rival} has no certificate: {bounds.rival_reason}."
+        text += f"{rival} has no certificate: {' '.join(bounds.rival_reason.split()).rstrip('.')}."
     else:
         text += (
             f"Of {rival} only the norms of its convolutions are known. Their product over all layers bounds its gain "
