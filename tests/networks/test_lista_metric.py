@@ -82,6 +82,7 @@ def test_layers_are_nonexpansive_up_to_the_limit_and_not_beyond():
                 assert [c.holds for c in view.network.conditions()[0] if c.name == "step_size"] == [True]
             else:
                 assert certificate.lower > 1.05 and not single.conditions()[0][0].holds
+                assert view.network.project() == [0] and view.network.conditions()[0][0].holds
 
 
 def test_certificates_with_continuous_selection(tmp_path):
