@@ -198,3 +198,13 @@ def test_bad_input():
         learned_tv(fm.linear.Identity((1, 8)), 2)
     with pytest.raises(ShapeError, match="data"):
         learned_tv(A, 2)(torch.zeros(3, 7))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda():
+    A, y = operator(), data(operator(), 10)
+    on_gpu = fm.linear.Dense(A.weight.cuda())
+    for variant in ("taut", "lista", "synthesis", "condat-vu"):
+        ours = learned_tv(A, 3, variant, WEIGHT, inner_depth=2)(y)
+        theirs = learned_tv(on_gpu, 3, variant, WEIGHT, inner_depth=2).cuda()(y.cuda())
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=0, atol=1e-10)

@@ -69,7 +69,7 @@ def learned_tv(
         if variant == "lista":
             denoiser = learned_tv(Identity((n,)), inner_depth, "synthesis", step * weight, nonexpansive=nonexpansive)
         else:
-            threshold = torch.tensor(step * weight, dtype=torch.float64)
+            threshold = torch.tensor(step * weight, dtype=torch.float64, device=initial.weight.device)
             denoiser = learn_threshold(TV1D(threshold) if jumps is None else JumpL1(threshold))
         layers.append(LearnedLayer(code, data, denoiser, initial, jumps))
     shared = nn.Module()
@@ -152,7 +152,7 @@ class Contraction(nn.Module):
 def gradient_step(A: LinearMap, step: float, nonexpansive: bool) -> tuple[Dense, Dense]:
     """C and E of one step on 1/2 |A x - y|^2: x - t A*(A x - y) = (I - t A*A) x + t A* y, as learnable matrices."""
     matrix = A.matrix().detach()
-    code = torch.eye(matrix.shape[1], dtype=matrix.dtype) - step * matrix.mT @ matrix
+    code = torch.eye(matrix.shape[1]).to(matrix) - step * matrix.mT @ matrix
     maps = Dense(nn.Parameter(code)), Dense(nn.Parameter(step * matrix.mT))
     if nonexpansive:
         parametrize.register_parametrization(maps[0], "weight", Contraction())
