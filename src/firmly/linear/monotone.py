@@ -124,7 +124,7 @@ class LoopResolvent(LinearMap):
                 pass
         if math.prod(self.domain) > LARGEST_DENSE:
             raise NotDiagonal(
-                f"no resolvent of {self.loop._get_name()} on {self.domain}: it is not shift-invariant, and has more than "
+                f"no resolvent of {self.loop._get_name()} on {self.domain}: it is not shift-invariant and has over "
                 f"{LARGEST_DENSE} entries; use circular convolutions, or forward-backward splitting"
             )
         dense = Dense(track=False, device=x.device)
