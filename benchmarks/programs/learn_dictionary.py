@@ -70,7 +70,7 @@ def scikit_learn(data: Tensor, start: Tensor, passes: int) -> Tensor:
 METHODS = {
     "online": ours(Online(WEIGHT, batch_size=BATCH)),
     "online-pursuit": ours(Online(sparsity=SPARSITY, batch_size=BATCH)),
-    "k-svd": ours(KSvd(SPARSITY, exact=False, batch_size=1024)),
+    "k-svd": ours(KSvd(SPARSITY, exact=False, batch_size=3000)),
     "spams": spams(2, WEIGHT),
     "spams-pursuit": spams(3, SPARSITY),
     "scikit-learn": scikit_learn,

@@ -117,10 +117,10 @@ def learn_all(
 ) -> list[Trained]:
     """All dictionaries; those that the run folder has already are taken from there."""
     few = train[: max(100, settings.patches // 10)]
-    batches = [-(-len(train) // size) for size in (1024, 256)]
+    batches = [-(-len(train) // size) for size in (2000, 256)]
     early = settings.iterations // 2  # K-SVD goes through mini-batches first
     jobs: list[tuple[str, Method, Tensor, int, int]] = [
-        ("K-SVD", KSvd(settings.sparsity, batch_size=1024), train, settings.iterations,
+        ("K-SVD", KSvd(settings.sparsity, batch_size=2000), train, settings.iterations,
          early * batches[0] + settings.iterations - early),
         ("online", Online(WEIGHT, batch_size=256), train, settings.iterations, settings.iterations * batches[1]),
         ("unrolled", Unrolled(SparseModel(WEIGHT), 20, through=10), few, 2 * settings.iterations,
