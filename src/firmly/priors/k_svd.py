@@ -47,8 +47,8 @@ class KSvd(_Pursuit):
     With E = Y - sum_{i != j} d_i z_i over these signals, d_j and z_j are the leading singular pair of E (of the m x m
     matrix E E', by its eigenvectors). `exact=False` takes one step of the power method from the present atom in its
     place: cheaper, and still never increases the objective. With `batch_size` the first half of the passes goes through
-    mini-batches, and the rest through all signals: many cheap rounds, then exact ones. Every atom should be used by tens
-    of signals of a batch, batch_size >= 30 n / sparsity, say: smaller batches fit their atoms to chance.
+    mini-batches, and the rest through all signals: many cheap rounds, then exact ones. Every atom should be used by
+    tens of signals of a batch, batch_size >= 30 n / sparsity, say: smaller batches fit their atoms to chance.
     Sources: Aharon, Elad and Bruckstein, K-SVD, 2006; Rubinstein, Zibulevsky and Elad, 2008, for the power step.
     """
 

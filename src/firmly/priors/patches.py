@@ -23,7 +23,7 @@ def image_from(patches: Tensor, shape: tuple[int, int, int], stride: int = 1) ->
     took apart, put together. Every pixel has to be covered: (length - size) is a multiple of the stride."""
     size = math.isqrt(patches.shape[1])
     batch, height, width = shape
-    if size**2 != patches.shape[1] or (height - size) % stride or (width - size) % stride:
+    if size**2 != patches.shape[1] or stride > size or (height - size) % stride or (width - size) % stride:
         raise ShapeError(f"patches {tuple(patches.shape)} at every {stride} pixels do not cover images of {shape}")
     columns = patches.reshape(batch, -1, size * size).mT
     fold = torch.nn.Fold((height, width), size, stride=stride)
