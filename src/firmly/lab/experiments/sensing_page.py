@@ -122,7 +122,7 @@ def certificate(bounds: Bounds, rival: str, settings: SensingSettings) -> Sectio
         "Every layer of the certified network is x <- D(x - t A*(A x - y)) with a learned D that is a gradient step on "
         f"a convex ridge, held to slopes in [{1 - settings.cap:g}, 1] while it is trained. For such layers the squares "
         "add up: L^2 = |Q|^2 + sum t / (2 - t |A|^2), where products of norms grow by t in every layer. The bound by "
-        "multipliers uses more of the structure, as far as its search comes in the time allowed: it treats each D as one nonlinearity of the whole image and sees the "
+        "multipliers is found by a search: it treats each D as one nonlinearity of the whole image and sees the "
         "operator through its singular values, of which a sampling with orthonormal rows has only 0 and 1. Both depend "
         "on nothing but these values, the steps and the slopes, so that they hold at every image size"
         + (" of whole blocks.\n\n" if settings.task == "blocks" else ".\n\n")
