@@ -144,8 +144,8 @@ def certificate(bounds: Bounds, rival: str, settings: SensingSettings) -> Sectio
             ("shared multipliers, verified", bounds.spectral),
             ("reached by an attack (a lower bound)", bounds.ours_attacked),
         ],
-        f"Shared multipliers prove |change|^2 <= {bounds.certificate.rho['data']:.4g} |d|^2 + "
-        f"{bounds.certificate.rho['start']:.4g} |Q d|^2.",
+        f"Shared multipliers prove |change|^2 <= {bounds.rho[0]:.4g} |d|^2 + {bounds.rho[1]:.4g} |Q d|^2 for a change "
+        "d of the data.",
         ours=(1 if bounds.closed_form <= bounds.spectral else 2,),
     )
     return Section("What is certified, and what is not", text, (table,))
