@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, priors, prox
     from firmly.certificates import Certificate, attack, certify, verify
-    from firmly.fixedpoint import Solution, fixed_point, implicit, solve
+    from firmly.fixedpoint import Solution, bilevel, fixed_point, implicit, solve
     from firmly.networks import unroll
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Solution",
     "algorithms",
     "attack",
+    "bilevel",
     "certificates",
     "certify",
     "data",
@@ -43,6 +44,7 @@ _HOME = {
     "Certificate": "certificates",
     "Solution": "fixedpoint",
     "attack": "certificates",
+    "bilevel": "fixedpoint",
     "certify": "certificates",
     "fixed_point": "fixedpoint",
     "implicit": "fixedpoint",

@@ -1,6 +1,7 @@
 """Fixed points: iterate to a tolerance, and differentiate solutions."""
 
 from firmly.fixedpoint.adjoints import AdjointWarning, Checkpointed, Implicit, Neumann, OneStep, Unrolled
+from firmly.fixedpoint.bilevel import BilevelSolution, Ending, bilevel
 from firmly.fixedpoint.equilibrium import equilibrium
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.layer import ImplicitLayer, implicit
@@ -10,8 +11,10 @@ from firmly.fixedpoint.solvers import Anderson, Broyden, Newton, Picard
 __all__ = [
     "AdjointWarning",
     "Anderson",
+    "BilevelSolution",
     "Broyden",
     "Checkpointed",
+    "Ending",
     "FixedPoint",
     "Implicit",
     "ImplicitLayer",
@@ -22,6 +25,7 @@ __all__ = [
     "Solution",
     "Status",
     "Unrolled",
+    "bilevel",
     "equilibrium",
     "fixed_point",
     "implicit",
