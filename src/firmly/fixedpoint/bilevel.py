@@ -92,7 +92,7 @@ def bilevel(
     `outer` receive the same. `inner` returns the solution to the relative residual `tol`, differentiable in p
     (`firmly.implicit`, `firmly.fixed_point`), from the solution `start` of the problem before, None at first; `outer`
     returns one number. The search is in log p, within `bounds` if given, and the inner tolerances fall
-    geometrically to `tol` (None: eps^(3/4) of the precision).
+    geometrically to `tol` (None: eps^(3/4) of the precision of p).
 
     - One number with bounds: bisection on the sign of the gradient, 12 inner solves. A gradient of exactly zero counts
       as positive: above the largest useful weight nothing is active.
