@@ -131,6 +131,8 @@ def test_what_is_refused():
         bilevel(inner, outer, p, bounds=(1.5, 3.0))
     with pytest.raises(SettingsError, match="differentiable"):
         bilevel(lambda p, start, tol: p.detach(), outer, p)
+    with pytest.raises(SettingsError, match="tuple of tensors"):
+        bilevel(lambda p, start, tol: [p], lambda x, p: x[0].sum(), p)
     with pytest.raises(SettingsError, match="one number"):
         bilevel(inner, lambda x, p: x, p)
     with pytest.raises(SettingsError, match="max_solves"):

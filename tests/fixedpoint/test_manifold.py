@@ -149,6 +149,36 @@ def test_it_says_for_what_it_is_not():
         Implicit("cg")  # type: ignore[arg-type]
 
 
+def test_a_linear_solver_of_your_own_is_judged_as_any():
+    p = numbers(1, 3).requires_grad_()
+
+    def half(right):
+        def solver(transposed, x, v, parameters, tol):
+            return v / (1 - 0.5 * right)
+
+        return Implicit(solver)
+
+    def gradient(adjoint):
+        found = fm.fixed_point(lambda x, p: x / 2 + p, torch.zeros_like(p), p, adjoint=adjoint)
+        return torch.autograd.grad(found.state.sum(), p)[0]
+
+    torch.testing.assert_close(gradient(half(1.0)), torch.full_like(p, 2.0))
+    with pytest.raises(NotConverged):
+        gradient(half(0.9))
+
+
+def test_no_curvature_at_all_and_nothing_active():
+    X, y = torch.zeros(2, 2), torch.zeros(1, 2).requires_grad_()
+    X[0, 0] = 1
+    image = small(0.1, X, prior=lambda w: Zero())
+    found = implicit(image.algorithm, Implicit("manifold")).solve(y)
+    assert float(torch.autograd.grad(found.state.x[0, 0], y)[0][0, 0]) == pytest.approx(1)
+    assert found.degenerate  # the second entry is free
+    found = implicit(fm.algorithms.ForwardBackward(fm.linear.Dense(X), L1(0.1)), Implicit("manifold")).solve(y)
+    assert not bool(torch.autograd.grad(found.state.x.sum(), y)[0].any())
+    assert not found.degenerate
+
+
 def test_single_precision():
     X, y = numbers(8, 5).float(), numbers(2, 8, seed=1).float().requires_grad_()
     layer = implicit(fm.algorithms.ForwardBackward(fm.linear.Dense(X), L1(0.3)), Implicit("manifold"))

@@ -37,7 +37,7 @@ class Implicit:
     def __post_init__(self) -> None:
         if not callable(self.solver) and self.solver not in ("gmres", "normal-cg", "dense", "manifold"):
             raise SettingsError(
-                f"the solver is gmres, normal-cg, dense, manifold or a linear solver; given {self.solver!r}"
+                f"the solver is gmres, normal-cg or dense, manifold or a linear solver; given {self.solver!r}"
             )
         if self.tol is not None and not self.tol > 0:
             raise SettingsError(f"tol is positive or None, given {self.tol}")

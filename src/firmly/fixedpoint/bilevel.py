@@ -89,20 +89,21 @@ def bilevel(
     """min over p > 0 of outer(x(p), p), where x(p) = inner(p, start, tol) solves the inner problem for p.
 
     `parameters` is the first p, a positive tensor (a weight, or one for every feature) or a tuple of them; `inner` and
-    `outer` receive the same. `inner` returns the solution to the relative residual `tol`, differentiable in p
-    (`firmly.implicit`, `firmly.fixed_point`), from the solution `start` of the problem before, None at first; `outer`
-    returns one number. The search is in log p, within `bounds` if given, and the inner tolerances fall
-    geometrically to `tol` (None: eps^(3/4) of the precision of p).
+    `outer` receive the same. `inner` returns the solution, a tensor or a tuple of tensors, to the relative residual
+    `tol`, differentiable in p (`firmly.implicit`, `firmly.fixed_point`), from the solution `start` of the problem
+    before, None at first; `outer` returns one number. The search is in log p, within `bounds` if given, and the inner
+    tolerances fall geometrically to `tol` (None: eps^(3/4) of the precision of p).
 
-    - One number with bounds: bisection on the sign of the gradient, 12 inner solves. A gradient of exactly zero counts
-      as positive: above the largest useful weight nothing is active.
+    - One number with bounds: bisection of the bounds on the sign of the gradient, 12 inner solves. A gradient of
+      exactly zero counts as positive: above the largest useful weight nothing is active.
     - Else: gradient descent whose steps are the inverse of the local Lipschitz constant of the gradient, measured
       between the last two iterates, halved until the objective falls; 60 inner solves at most. It ends at a gradient
       of at most 1e-4 of the objective. No rate is to be chosen. A step where the inner problem fails is halved too.
 
     What is returned is the best p of all, not the last: the objective need not be unimodal. `callback(trial)` follows
     every inner solve. Raises `ConditionError` for parameters that are not positive or bounds that do not hold them,
-    `SettingsError` for an outer objective that does not reach them, `NotConverged` where the first problem fails.
+    `SettingsError` for an outer objective that does not reach them, `NotConverged` where the first problem fails, or
+    one of a bisection.
     Sources: Pedregosa, Hyperparameter optimization with approximate gradient, 2016 (inexact solves); Barzilai and
     Borwein, Two-point step size gradient methods, 1988 (the first of the two steps).
     """
@@ -250,5 +251,7 @@ class Search:
 def detached(solution: Any) -> Any:
     if isinstance(solution, Tensor):
         return solution.detach()
+    if not (isinstance(solution, tuple) and all(isinstance(part, Tensor) for part in solution)):
+        raise SettingsError(f"`inner` returns a tensor or a tuple of tensors, given {type(solution).__name__}")
     parts = [part.detach() for part in solution]
     return type(solution)(*parts) if hasattr(solution, "_fields") else type(solution)(parts)

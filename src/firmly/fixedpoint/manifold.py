@@ -31,6 +31,7 @@ from firmly.prox.manifold import Manifold
 from firmly.prox.prior import Prior, Zero
 
 PROBE = 30  # Lanczos steps for the smallest curvature
+LONGEST = 5000  # steps of conjugate gradients, beyond which rounding has taken over
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -148,18 +149,16 @@ def conjugate_gradients(apply: Operator, right: Tensor, goal: Tensor) -> Tensor:
     """
     w, left, direction = torch.zeros_like(right), right, right
     power = left.square().sum(1)
-    for _ in range(2 * right.shape[1] + 100):
-        going = power.sqrt() > goal
-        if not bool(going.any()):
-            break
+    for _ in range(min(2 * right.shape[1], LONGEST) + 100):
         image = apply(direction)
         bend = (direction * image).sum(1)
-        length = torch.where(going & (bend > 0), power / torch.where(bend > 0, bend, 1), 0)
+        going = (power.sqrt() > goal) & (bend > 0)
+        if not bool(going.any()):
+            break
+        length = torch.where(going, power / torch.where(going, bend, 1), 0)
         w, left = w + length[:, None] * direction, left - length[:, None] * image
         now = left.square().sum(1)
-        if bool((going & ~(bend > 0)).all()):
-            break
-        direction = left + torch.where(going, now / torch.where(power > 0, power, 1), 0)[:, None] * direction
+        direction = left + torch.where(going, now / torch.where(going, power, 1), 0)[:, None] * direction
         power = now
     return w
 
@@ -190,7 +189,8 @@ def least_curvature(apply: Operator, project: Operator, like: Tensor) -> float:
         + torch.diag_embed(torch.stack(beside, 1)[:, :-1], 1)
         + torch.diag_embed(torch.stack(beside, 1)[:, :-1], -1)
     )
-    return float(torch.where(size > 0, ritz[:, 0].clamp(min=0) / ritz[:, -1].clamp(min=1e-300), 1).min())
+    largest = ritz[:, -1].clamp(min=torch.finfo(like.dtype).tiny)
+    return float(torch.where(size > 0, ritz[:, 0].clamp(min=0) / largest, 1).min())
 
 
 def alpha_scale(diagonal: list[Tensor], alpha: Tensor) -> Tensor:
