@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.runner.machine import peak_memory
 from firmly.data import Crops, photographs
 from firmly.priors import KSvd, Online, lasso, learn_dictionary, learn_from_stream, omp
-from firmly.priors.patches import patches_of
+from firmly.priors.patches import cosine_dictionary, patches_of
 
 ATOMS, SPARSITY, WEIGHT, BATCH = 256, 5, 0.15, 256
 
@@ -98,7 +98,7 @@ def stream(count: int) -> Iterator[Tensor]:
 
 def main(name: str, count: int, passes: int = 1) -> dict[str, float]:
     if name == "stream":
-        method, start = Online(0.05, batch_size=BATCH, steps=5), patches("train", ATOMS).mT.contiguous()
+        method, start = Online(0.05, batch_size=BATCH, steps=5), cosine_dictionary(8, ATOMS).float()
         learn_from_stream(stream(10 * BATCH), method, start=start)
         before, began = peak_memory(), time.process_time()
         learn_from_stream(stream(count), method, start=start)
