@@ -94,8 +94,9 @@ def bilevel(
     before, None at first; `outer` returns one number. The search is in log p, within `bounds` if given, and the inner
     tolerances fall geometrically to `tol` (None: eps^(3/4) of the precision of p).
 
-    - One number with bounds: bisection of the bounds on the sign of the gradient, 12 inner solves. A gradient of
-      exactly zero counts as positive: above the largest useful weight nothing is active.
+    - One number with bounds: 12 inner solves. A third of them are spread evenly over log p, from the upper bound down,
+      the others bisect on the sign of the gradient beside the best. A gradient of exactly zero counts as positive:
+      above the largest useful weight nothing is active.
     - Else: gradient descent whose steps are the inverse of the local Lipschitz constant of the gradient, measured
       between the last two iterates, halved until the objective falls; 60 inner solves at most. It ends at a gradient
       of at most 1e-4 of the objective. No rate is to be chosen. A step where the inner problem fails is halved too.
@@ -200,13 +201,17 @@ class Search:
         return float(objective.detach()), gradient
 
     def bisect(self, count: int) -> Ending:
-        low, high = self.low, self.high
-        for _ in range(count):
-            point = self.solve(torch.full_like(self.first, (low + high) / 2))
+        number = max(1, count // 3)
+        places = [self.low + (self.high - self.low) * i / (number + 1) for i in range(number + 2)]
+        points = [self.solve(torch.full_like(self.first, place)) for place in reversed(places[1:-1])][::-1]
+        best = min(range(number), key=lambda i: points[i].objective)
+        point, low, high = points[best], places[best], places[best + 2]
+        for _ in range(count - number):
             if float(point.gradient) >= 0:
                 high = float(point.logs)
             else:
                 low = float(point.logs)
+            point = self.solve(torch.full_like(self.first, (low + high) / 2))
         return Ending.BRACKETED
 
     def descend(self, count: int) -> Ending:
