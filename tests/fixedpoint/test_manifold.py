@@ -135,6 +135,16 @@ def test_a_wrong_manifold_is_caught_by_the_residual():
         torch.autograd.grad(image.sum(), y)
 
 
+def test_a_solution_at_a_kink_is_refused_where_autograd_takes_the_other_side():
+    y = torch.tensor([[0.5, -2.0]], dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([[0.0, -1.5]], dtype=torch.float64)  # |y| is the weight
+    algorithm = fm.algorithms.ForwardBackward(fm.linear.Identity((2,)), L1(0.5), step_size=0.7)
+    with pytest.raises(NotConverged, match="kink"):
+        torch.autograd.grad(implicit(algorithm, Implicit("manifold"))(y, start).sum(), y)
+    gradient = torch.autograd.grad(implicit(algorithm)(y, start).sum(), y)[0]
+    assert 0 <= float(gradient[0, 0]) <= 1
+
+
 def test_it_says_for_what_it_is_not():
     A = fm.linear.Dense(numbers(4, 3))
     with pytest.raises(SettingsError, match="Admm"):

@@ -96,6 +96,10 @@ class Problem:
             if isinstance(self.adjoint, (Neumann, OneStep))
             else "I - J is singular or nearly so, where the solution has no derivative, or the tolerance is too small"
         )
+        if isinstance(self.adjoint, Implicit) and callable(self.adjoint.solver):
+            reason += (
+                "; or the solution lies at a kink, or the manifold is not that of the prox: Implicit('gmres') shows"
+            )
         raise NotConverged(f"{text}: {reason}")
 
 

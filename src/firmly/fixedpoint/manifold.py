@@ -40,7 +40,7 @@ class ManifoldSolver:
     """The linear solver of `Implicit("manifold")` for a forward-backward algorithm with tensors of these names.
 
     `least_curvatures` grows by one number a solve: the smallest Ritz value of P (G + H) P over its largest, from 30
-    Lanczos steps. It is never below the true ratio, so that a tiny one proves that the solution is not unique.
+    Lanczos steps. It is never below the true ratio: one at the level of rounding says that the solution is not unique.
     """
 
     def __init__(self, algorithm: Algorithm, names: Sequence[str]):
@@ -50,10 +50,11 @@ class ManifoldSolver:
         self.least_curvatures: list[float] = []
 
     @torch.no_grad()
-    def __call__(
-        self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...], tol: float
-    ) -> Tensor:  # fmt: skip
-        """(I - J)^-T v or (I - J)^-1 v for the state x of (batch, entries), the image first and, once more, last."""
+    def __call__(self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...], tol: float) -> Tensor:
+        """(I - J)^-T v or (I - J)^-1 v at the state x (batch, entries): the image and, with momentum, its last value.
+
+        `parameters` are the data and the tensors of the algorithm, in the order of their names.
+        """
         count = math.prod(self.shape)
         image, data = x[:, :count].reshape(-1, *self.shape), parameters[0]
         tensors = dict(zip(self.names, parameters[1:], strict=True))
@@ -65,7 +66,7 @@ class ManifoldSolver:
         slope, pull = linear[0], linear[1]
         t, manifold = torch.func.functional_call(self.tangent, tensors, (image, slope))
         flat = Flat(manifold, lambda z: pull(z)[0], t, self.shape)
-        first, copies = v[:, :count], v[:, count:].reshape(len(v), -1, count)  # the map copies its image to the others
+        first, copies = v[:, :count], v[:, count:].reshape(len(v), -1, count)  # the map keeps its argument there
         if transposed:
             first = first + copies.sum(1)
         goal = 0.5 * tol * norms(first)
