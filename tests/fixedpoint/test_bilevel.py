@@ -133,6 +133,8 @@ def test_what_is_refused():
         bilevel(lambda p, start, tol: p.detach(), outer, p)
     with pytest.raises(SettingsError, match="tuple of tensors"):
         bilevel(lambda p, start, tol: [p], lambda x, p: x[0].sum(), p)
+    with pytest.raises(SettingsError, match=r"number \[1\]"):
+        bilevel(lambda p, start, tol: p[0][None], lambda x, p: x.sum(), (p, p))
     with pytest.raises(SettingsError, match="one number"):
         bilevel(inner, lambda x, p: x, p)
     with pytest.raises(SettingsError, match="max_solves"):

@@ -57,7 +57,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class BilevelSolution:
-    """The best of all `history`: its parameters, solution and objective, and how the search ended."""
+    """The best of all `history`, to the tolerance of its trial, and how the search ended."""
 
     parameters: Parameters
     solution: Any
@@ -173,7 +173,7 @@ class Search:
             with torch.enable_grad():
                 solution = self.inner(parameters, self.start, tol)
                 objective = self.outer(solution, parameters)
-            value, gradient = self.differentiate(objective, logs)
+            value, gradient = self.differentiate(objective, parameters)
             if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
                 raise NotConverged(f"the outer objective or its gradient is not finite at {parameters}")
         finally:
@@ -187,7 +187,8 @@ class Search:
             self.callback(trial)
         return point
 
-    def differentiate(self, objective: Any, logs: Tensor) -> tuple[float, Tensor]:
+    def differentiate(self, objective: Any, parameters: Parameters) -> tuple[float, Tensor]:
+        """The objective, and its gradient in the logarithms."""
         if not isinstance(objective, Tensor) or objective.numel() != 1:
             raise SettingsError("the outer objective is one number, a tensor with one entry")
         if not objective.requires_grad:
@@ -195,10 +196,12 @@ class Search:
                 "the outer objective does not depend on the parameters: `inner` has to return a solution that is "
                 "differentiable in them, firmly.implicit(algorithm)(y, start), say"
             )
-        (gradient,) = torch.autograd.grad(objective.sum(), logs, allow_unused=True)
-        if gradient is None:
-            raise SettingsError("the outer objective does not depend on the parameters that were given")
-        return float(objective.detach()), gradient
+        parts = (parameters,) if isinstance(parameters, Tensor) else parameters
+        found = torch.autograd.grad(objective.sum(), parts, allow_unused=True)
+        unused = [i for i, gradient in enumerate(found) if gradient is None]
+        if unused:
+            raise SettingsError(f"the outer objective does not depend on the parameters number {unused}, from 0")
+        return float(objective.detach()), torch.cat([(g * p.detach()).flatten() for g, p in zip(found, parts)])
 
     def bisect(self, count: int) -> Ending:
         number = max(1, count // 3)
@@ -224,10 +227,11 @@ class Search:
             if gain <= STATIONARY * abs(point.objective):
                 return Ending.STATIONARY
             move = LONGEST_MOVE if math.isfinite(step) else FIRST_MOVE
-            step = min(step, move / float(point.gradient.abs().max()))
+            steepest = float(point.gradient.abs().max())
+            step = max(min(step, move / steepest), 2 * SHORTEST_MOVE / steepest)
             following = None
             while following is None:
-                if step * float(point.gradient.abs().max()) <= SHORTEST_MOVE:
+                if step * steepest <= SHORTEST_MOVE:
                     return Ending.STALLED
                 if len(self.history) >= count:
                     return Ending.LIMIT
