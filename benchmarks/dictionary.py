@@ -65,11 +65,11 @@ def learned(count: int, repeats: int, quick: bool) -> tuple[dict[str, dict[str, 
             try:
                 python = SPAMS.python(install=not quick) if name.startswith("spams") else None
                 arguments = (method, str(count), PASSES.get(method, "1"))
-                runs.setdefault(name, []).append(
-                    program("benchmarks.programs.learn_dictionary", arguments, 2400, python)
-                )
+                result = program("benchmarks.programs.learn_dictionary", arguments, 2400, python)
             except ProgramFailed as failure:
                 remarks[f"{name}: {failure}"] = None
+            else:
+                runs.setdefault(name, []).append(result)
     rows: dict[str, dict[str, Cell]] = {}
     for name, found in runs.items():
         rows[name] = {

@@ -149,7 +149,9 @@ def test_auto_goes_from_cheap_to_tight():
 
 
 def test_auto_stops_when_time_is_up():
-    assert [b.method for b in certify(perceptron(4, 4, 4, 2), shape=(4,), budget_s=0.0).bounds] == ["product"]
+    """What norms alone prove takes next to nothing; no search begins."""
+    cert = certify(perceptron(4, 4, 4, 2), shape=(4,), budget_s=0.0)
+    assert [b.method for b in cert.bounds] == ["product", "averaged"]
 
 
 def test_agreeing_signs_say_nothing_of_nonlinearities_that_mix_entries():

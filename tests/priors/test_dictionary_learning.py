@@ -24,6 +24,11 @@ from firmly.priors import (
 )
 from firmly.priors.learning import Status
 
+
+def name_of(method):
+    return type(method).__name__
+
+
 METHODS = [
     KSvd(3), KSvd(3, exact=False), KSvd(3, batch_size=100), Mod(3), Online(0.1, batch_size=50),
     Online(sparsity=3, batch_size=50), Alternating(SparseModel(0.1)),
@@ -42,7 +47,7 @@ def problem(m: int = 12, n: int = 20, count: int = 300, noise: float = 0.02, see
     return codes @ D.mT + noise * torch.randn(count, m, generator=generator, dtype=torch.float64), D
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
 class TestEveryMethod:
     def test_atoms_have_unit_norm_and_objective_falls(self, method):
         data, _ = problem()
@@ -108,14 +113,14 @@ class TestEveryMethod:
                 learn_dictionary(data, method, start=start)
 
 
-@pytest.mark.parametrize("method", DESCENT, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", DESCENT, ids=name_of)
 def test_objective_falls_in_every_round(method):
     data, _ = problem(noise=0.2)
     objectives = learn_dictionary(data, method, atoms=16, iterations=15).objectives
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(objectives)), objectives
 
 
-@pytest.mark.parametrize("method", [KSvd(3), KSvd(3, exact=False), Mod(3)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [KSvd(3), KSvd(3, exact=False), Mod(3)], ids=name_of)
 def test_dictionary_steps_never_raise_the_objective(method):
     data, _ = problem(noise=0.2)
     D = learn_dictionary(data, method, atoms=16, iterations=1).dictionary
@@ -127,7 +132,7 @@ def test_dictionary_steps_never_raise_the_objective(method):
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(values)) and values[-1] < values[0]
 
 
-@pytest.mark.parametrize("method", [KSvd(3), KSvd(3, exact=False), Mod(3), Alternating(SparseModel(0.05))], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [KSvd(3), KSvd(3, exact=False), Mod(3), Alternating(SparseModel(0.05))], ids=name_of)
 def test_a_dictionary_is_recovered_from_nearby(method):
     data, truth = problem(count=1500)
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -189,7 +194,7 @@ def test_a_stream_equals_its_batches_and_goes_on():
 
 
 @pytest.mark.parametrize("method", [KSvd(2), Mod(2), Online(0.1), Alternating(SparseModel(0.1)),
-                                    Unrolled(SparseModel(0.1))], ids=lambda method: type(method).__name__)  # fmt: skip
+                                    Unrolled(SparseModel(0.1))], ids=name_of)  # fmt: skip
 def test_unused_atoms_are_replaced_and_counted(method):
     """The signals live in the first four coordinates; the start lives in the others."""
     data, _ = problem()

@@ -1,6 +1,6 @@
 """Make the leadfield that ships as firmly/data/meg/vectorview.npz, from the coil positions of mne. Needs firmly[meg].
 
-python examples/make_leadfield.py vectorview.npz
+python -m benchmarks.programs.make_leadfield vectorview.npz
 """
 
 from __future__ import annotations
