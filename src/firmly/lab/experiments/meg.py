@@ -16,7 +16,14 @@ from firmly.certificates import Certificate, attack, certify, verify
 from firmly.data import meg_sample, vectorview
 from firmly.lab.charts import at_least, at_most
 from firmly.lab.experiments.meg_pictures import picture_of_sources
-from firmly.lab.experiments.meg_problems import TIMES, WhereItIs, random_sources, two_dipoles
+from firmly.lab.experiments.meg_problems import (
+    TIMES,
+    WhereItIs,
+    as_mask,
+    missed,
+    random_sources,
+    two_dipoles,
+)
 from firmly.lab.page import Page, Pictures, Section, Table
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import require
@@ -46,11 +53,11 @@ class MegSettings:
 
     depth: int = 8
     components: int = 8
-    threshold: float = 20.0
+    threshold: float = 10.0
     epochs: int = 6
     steps: int = 50
     batch: int = 16
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     blur: float = 0.015
     seeds: int = 6
     windows: int = 40
@@ -82,21 +89,25 @@ class Method(NamedTuple):
     estimate: Callable[[Tensor], tuple[Tensor, int | None]]
 
 
+def untrained(settings: MegSettings, model: SourceModel) -> GroupLista:
+    return GroupLista(model, TIMES, settings.depth, settings.components, threshold=settings.threshold).float().eval()
+
+
 def trained(
     settings: MegSettings, model: SourceModel, positions: Tensor, run: RunFolder, name: str, listen: Listener
 ) -> GroupLista:  # fmt: skip
     """The learned inverse, trained on random windows; it goes on from its checkpoint if there is one."""
     torch.manual_seed(settings.seed)
-    network = GroupLista(model, TIMES, settings.depth, settings.components, threshold=settings.threshold).float()
+    network = untrained(settings, model)
     whereabouts = WhereItIs(network, model, positions, settings.blur)
 
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        y, courses, _ = random_sources(model, settings.batch, generator)
-        return y.float(), whereabouts.spread(courses)
+        y, _, chosen = random_sources(model, settings.batch, generator)
+        return y.float(), as_mask(chosen, model.sources)
 
     total = settings.epochs * settings.steps
     outcome = train(
-        whereabouts, sample, settings.plan(), run, name,
+        whereabouts, sample, settings.plan(), run, name, loss=missed,
         callback=lambda event: listen("training", {"name": name, "total": total, **event}),
     )  # fmt: skip
     if outcome.status == "interrupted":
@@ -179,6 +190,8 @@ def run_meg(settings: MegSettings, run: RunFolder, listen: Listener) -> Page:
     model, positions = SourceModel(leadfield.gain), leadfield.positions
     network = trained(settings, model, positions, run, "group-lista", listen)
     methods = methods_of(model, network, settings.alpha)
+    start = untrained(settings, model)
+    methods.insert(4, Method("the same, untrained", lambda y: _learned(model, start, y)))
     problems = [two_dipoles(model, positions, seed) for seed in range(settings.seeds)]
     dipoles = compare(methods, problems, positions, "two dipoles", listen)
     generator = torch.Generator().manual_seed(settings.seed + 1)

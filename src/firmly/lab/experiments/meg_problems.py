@@ -55,7 +55,7 @@ def random_sources(model: SourceModel, batch: int, generator: torch.Generator) -
 
 
 class WhereItIs(nn.Module):
-    """The strengths that a network finds, without their scale, spread over neighbours: what the loss compares."""
+    """How much of what a network finds lies near every source: shares (batch, sources) of the sum of all strengths."""
 
     near: Tensor
 
@@ -67,9 +67,22 @@ class WhereItIs(nn.Module):
         self.register_buffer("near", near.float(), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.spread(self.network(y).unflatten(2, (self.model.sources, self.model.orientations)))
+        power = self.network(y).unflatten(2, (self.model.sources, self.model.orientations)).square().sum((1, 3))
+        strength = torch.where(power > 0, torch.where(power > 0, power, 1).sqrt(), 0)
+        return strength / strength.sum(1, keepdim=True).clamp(min=1e-6) @ self.near
 
-    def spread(self, courses: Tensor) -> Tensor:
-        power = courses.square().sum((1, 3))
-        strength = torch.where(power > 0, torch.where(power > 0, power, 1).sqrt(), 0).to(self.near)
-        return strength / strength.norm(dim=1, keepdim=True).clamp(min=1e-6) @ self.near
+
+def missed(share: Tensor, active: Tensor) -> Tensor:
+    """-log of the share near every active source, on average: to miss a weak source costs as much as a strong one.
+
+    `active` (batch, sources) is one at the true sources and zero elsewhere.
+    """
+    return -(active * (share + 1e-3).log()).sum() / active.sum()
+
+
+def as_mask(chosen: list[Tensor], sources: int) -> Tensor:
+    """(batch, sources), one at the chosen sources."""
+    mask = torch.zeros(len(chosen), sources)
+    for row, indices in zip(mask, chosen):
+        row[indices] = 1
+    return mask
