@@ -57,7 +57,7 @@ class SparseCodingSettings:
     small_rows: int = 40
     small_atoms: int = 80
     small_depth: int = 8
-    small_steps: int = 300
+    small_steps: int = 1500
     variants: tuple[str, ...] = ("step", "alista", "cp", "lista")
     certify_seconds: float = 8.0
     seed: int = 0
@@ -357,7 +357,7 @@ SMOKE = SparseCodingSettings(
     step_depth=5, step_codes=30, small_rows=12, small_atoms=24, small_depth=3, small_steps=5, certify_seconds=1.0,
 )  # fmt: skip
 FULL = dataclasses.replace(
-    DEFAULT, codes=1000, fine_steps=600, step_codes=1000, step_depth=20, small_steps=2000, ramps=(0.5, 1.0, 2.0, 8.0),
+    DEFAULT, codes=1000, fine_steps=600, step_codes=1000, step_depth=20, small_steps=10_000, ramps=(0.5, 1.0, 2.0, 8.0),
     variants=("step", "alista", "ti", "cp", "coupled", "hessian", "lista", "lista-tied", "fista", "facnet"),
     certify_seconds=60.0,
 )  # fmt: skip
