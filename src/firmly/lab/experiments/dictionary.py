@@ -12,7 +12,7 @@ from torch import Tensor
 import firmly as fm
 from firmly.data import centre_crop, photographs
 from firmly.lab.baselines import tune_tv
-from firmly.lab.charts import Line
+from firmly.lab.charts import Line, at_least, at_most
 from firmly.lab.experiments import dictionary_toys as toys
 from firmly.lab.metrics import psnr
 from firmly.lab.page import Chart, Page, Pictures, Section, Table
@@ -97,7 +97,7 @@ def run(settings: DictionarySettings, run: RunFolder, listen: Listener) -> Page:
             "denoising, learned (dB)": round(best, 2),
             "denoising, total variation (dB)": round(tv_score, 2),
             "recovery, best": round(max(scores), 4),
-            "certified bound of the coder": round(cert.upper, 3),
+            "certified bound of the coder": at_most(cert.upper),
         },
     )
 
@@ -235,7 +235,7 @@ def certificate_section(
         algorithm = fm.algorithms.ForwardBackward(fm.linear.Dense(dictionary.double()), fm.prox.L1(WEIGHT))
         certificate = fm.certify(fm.unroll(algorithm, settings.depth, learn=()), wrt="data")
         certificates.append(certificate)
-        rows.append((name, certificate.lower, certificate.upper, certificate.method))
+        rows.append((name, at_least(certificate.lower), at_most(certificate.upper), certificate.method))
     certificates[1].save(run / "certificate.safetensors")
     distance, jump = pursuit_jump(found[1].dictionary.double())
     text = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from firmly.lab.charts import Line
+from firmly.lab.charts import Line, at_least, at_most
 from firmly.lab.page import Chart, Page, Pictures, Section, Table
 from firmly.lab.pictures import busiest, detail, png
 from firmly.lab.run_folder import RunFolder
@@ -36,14 +36,15 @@ def page(
         f"From {settings.ratio:.0%} of the measurements of {len(truth)} held-out photographs the certified network "
         f"reaches {ours.psnr:.2f} dB, {rival.name} with as many parameters {rival.psnr:.2f} dB, and the linear "
         f"reconstruction that both start from {linear.psnr:.2f} dB. A perturbation of the data moves the image of the "
-        f"certified network by at most {certified:.3g} times its size, whatever the image; no such number that would "
+        f"certified network by at most {at_most(certified)} times its size, whatever the image; no such number that "
+        f"would "
         f"mean anything is known of {rival.name}."
     )
     facts = {
         "dB over the linear start": f"{gain:+.2f}",
         f"dB of {rival.name} over it": f"{rival.psnr - linear.psnr:+.2f}",
-        "certified bound": f"{certified:.3g}",
-        "reached by an attack": f"{bounds.ours_attacked:.3g}",
+        "certified bound": at_most(certified),
+        "reached by an attack": at_least(bounds.ours_attacked),
     }
     sections = [
         scores(rows, bounds, settings),
@@ -69,14 +70,14 @@ def headline(ours: Row, rival: Row, certified: float) -> str:
         price = f"as good as {rival.name}"
     else:
         price = f"{abs(difference):.1f} dB {'above' if difference > 0 else 'below'} {rival.name}"
-    return f"A worst-case gain of at most {certified:.2g}, {price}"
+    return f"A worst-case gain of at most {at_most(certified)}, {price}"
 
 
 def scores(rows: Sequence[Row], bounds: Bounds, settings: SensingSettings) -> Section:
     ends = {
-        rows[0].name: (f"{bounds.start_norm:.3g} (exact)", None),
-        rows[2].name: ("none" if bounds.rival_bound is None else f"{bounds.rival_bound:.2g}", bounds.rival_attacked),
-        rows[3].name: (f"{certified_bound(bounds):.3g}", bounds.ours_attacked),
+        rows[0].name: (f"{at_most(bounds.start_norm)} (exact)", None),
+        rows[2].name: ("none" if bounds.rival_bound is None else at_most(bounds.rival_bound), bounds.rival_attacked),
+        rows[3].name: (at_most(certified_bound(bounds)), bounds.ours_attacked),
     }
     table = Table(
         ("", "parameters", "PSNR, dB", "SSIM", f"PSNR, noise {settings.more_noise:g}", "certified gain", "attacked"),
@@ -132,20 +133,20 @@ def certificate(bounds: Bounds, rival: str, settings: SensingSettings) -> Sectio
     else:
         text += (
             f"Of {rival} only the norms of its convolutions are known. Their product over all layers bounds its gain "
-            f"by {bounds.rival_bound:.2g}, which says nothing; that an attack found no more than "
-            f"{bounds.rival_attacked:.3g} is no proof that there is not more. Its layers are not proximal maps, "
+            f"by {at_most(bounds.rival_bound)}, which says nothing; that an attack found no more than "
+            f"{at_least(bounds.rival_attacked)} is no proof that there is not more. Its layers are not proximal maps, "
             "whatever their steps are: the learned transforms before and after the threshold are not adjoint."
         )
     table = Table(
         ("bound of the certified network", "gain"),
         [
-            ("|Q| alone, the norm of its start", bounds.start_norm),
-            ("closed form", bounds.closed_form),
-            ("shared multipliers, verified", bounds.spectral),
-            ("reached by an attack (a lower bound)", bounds.ours_attacked),
+            ("|Q| alone, the norm of its start", at_most(bounds.start_norm)),
+            ("closed form", at_most(bounds.closed_form)),
+            ("shared multipliers, verified", at_most(bounds.spectral)),
+            ("reached by an attack (a lower bound)", at_least(bounds.ours_attacked)),
         ],
-        f"Shared multipliers prove |change|^2 <= {bounds.rho[0]:.4g} |d|^2 + {bounds.rho[1]:.4g} |Q d|^2 for a change "
-        "d of the data.",
+        f"Shared multipliers prove |change|^2 <= {at_most(bounds.rho[0], 4)} |d|^2 + {at_most(bounds.rho[1], 4)} "
+        "|Q d|^2 for a change d of the data.",
         ours=(1 if bounds.closed_form <= bounds.spectral else 2,),
     )
     return Section("What is certified, and what is not", text, (table,))
