@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firmly.certificates import activations, loops, normalisation, pooling  # noqa: F401  (register their rules)
+from firmly.certificates import activations, legendre, loops, normalisation, pooling  # noqa: F401  (register their rules)
 from firmly.certificates.pooling import per_axis
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.certificates.torch_maps import AxisMaps, Einsum, Rearrange, TorchConvolution

@@ -10,6 +10,7 @@ from firmly.prox.group_l1 import GroupL1
 from firmly.prox.huber import Huber
 from firmly.prox.kl import KullbackLeibler
 from firmly.prox.l1 import L1
+from firmly.prox.legendre import Legendre, legendre
 from firmly.prox.manifold import Manifold
 from firmly.prox.mixed_norm import MixedNorm
 from firmly.prox.norms import L2, SquaredL2
@@ -41,6 +42,7 @@ __all__ = [
     "KullbackLeibler",
     "L1Ball",
     "L2Ball",
+    "Legendre",
     "LinearSpline",
     "LogDet",
     "Manifold",
@@ -56,6 +58,7 @@ __all__ = [
     "Zero",
     "dct_filters",
     "huber_slopes",
+    "legendre",
     "peak_power",
     "proximal",
     "ridge_gradient",
