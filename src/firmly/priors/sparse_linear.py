@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class SparseLinear:
     the intercept c, which is not penalised, as its last row: (p + 1, K), differentiable in the weights by the linear
     system of the active face. `residuals` grows by the relative residual of every such system.
 
-    `pull`, (p, K), is the gradient at B = 0 without its sign, and `largest` its maximum: B = 0 for weights above the pull.
+    `pull`, (p, K), is the gradient at B = 0 without its sign: B = 0 for weights above it; `largest` is its maximum.
     Raises `ShapeError` and `DataError` for data that do not fit.
     Sources: Andrew and Gao, Scalable training of L1-regularized log-linear models, 2007 (steps that keep the orthant);
     Bertsekas, Projected Newton methods, 1982 (features at zero that a step would push out are left out of its face);
