@@ -8,7 +8,7 @@ import torch
 import firmly as fm
 from firmly.errors import ConditionError, DataError, NotCertifiable, NotConverged, ShapeError
 from firmly.segment import EntropicTV
-from firmly.segment.energy import differences, divergence
+from firmly.segment.grid import differences, divergence
 from firmly.segment.regions import region_means, regions
 
 EXACT = {"accuracy": 1e-8, "max_iterations": 200_000}

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.certificates.signal import Signal, Tracer, handles
-from firmly.errors import ConditionError, DataError, NotConverged, ShapeError
+from firmly.errors import NotConverged, ShapeError
 from firmly.linear.gradient import Gradient
 from firmly.prox.prior import Slope, largest, over_entries, positive, smallest, sum_over_sample
+from firmly.segment.grid import checked_coupling, checked_scores, differences, divergence, edge_bounds
 from firmly.segment.regions import region_means, regions
 
 BACKWARD_TOL = 1e-10  # relative residual of the reduced system
@@ -50,7 +51,7 @@ class EntropicTV(nn.Module):
         self.accuracy = float(positive("the accuracy", accuracy))
         self.max_iterations = max_iterations
         self.slope()
-        self.check_coupling()
+        checked_coupling(coupling)
 
     def forward(self, scores: Tensor, weights: Tensor | None = None) -> Tensor:
         return minimiser(scores, self, weights)
@@ -73,29 +74,13 @@ class EntropicTV(nn.Module):
             raise ShapeError("the temperature is one number")
         return Slope.outward(0.0, 1 / (2 * smallest(self.temperature)))
 
-    def check_coupling(self) -> None:
-        positive("the coupling", self.coupling, allow_zero=True)
-        if not math.isfinite(largest(self.coupling)):
-            raise ConditionError(f"the coupling is finite, given {largest(self.coupling)}")
-
     def tau(self, like: Tensor) -> Tensor:
         positive("the temperature", self.temperature)
         return torch.as_tensor(self.temperature, dtype=torch.float64, device=like.device).reshape(())
 
     def bounds(self, scores: Tensor, weights: Tensor | None) -> Tensor:
         """coupling_k w[a, i], broadcastable against differences(scores), in float64 with gradients."""
-        self.check_coupling()
-        axes = scores.dim() - 2
-        coupling = torch.as_tensor(self.coupling, dtype=torch.float64, device=scores.device)
-        if coupling.dim() > 1 or coupling.numel() not in (1, scores.shape[1]):
-            raise ShapeError(
-                f"the coupling is one number, or one for each of {scores.shape[1]} classes; "
-                f"given {tuple(coupling.shape)}"
-            )
-        coupling = coupling.reshape(1, -1, 1, *[1] * axes)
-        if weights is None:
-            return coupling
-        return coupling * checked_weights(weights, scores).double()[:, None]
+        return edge_bounds(self.coupling, weights, scores)
 
     def extra_repr(self) -> str:
         return f"accuracy={self.accuracy}, max_iterations={self.max_iterations}"
@@ -122,7 +107,7 @@ def minimiser(scores: Tensor, layer: EntropicTV, weights: Tensor | None) -> Tens
 @handles(minimiser)
 def traced_minimiser(tracer: Tracer, scores: Signal, layer: EntropicTV, weights: Tensor | None) -> Signal:
     """The energy is 2 temperature-strongly convex on the simplex: <dx, ds> >= 2 temperature |dx|^2."""
-    layer.check_coupling()
+    checked_coupling(layer.coupling)
     if weights is not None and not bool((weights >= 0).all()):
         raise tracer.refuse("an energy with a negative edge weight, which has no unique minimiser")
     text = (
@@ -132,16 +117,6 @@ def traced_minimiser(tracer: Tracer, scores: Signal, layer: EntropicTV, weights:
     if text not in tracer.system.assumptions:
         tracer.system.assumptions.append(text)
     return scores.nonlinear(layer.slope(), "group" if largest(layer.coupling) == 0 else "whole")
-
-
-def differences(x: Tensor) -> Tensor:
-    """x[i + e_a] - x[i] for every axis a, 0 at its end: (batch, classes, *spatial) -> (batch, classes, axes, ...)."""
-    return Gradient(x.shape[1:])(x).unflatten(1, (x.shape[1], -1))
-
-
-def divergence(p: Tensor) -> Tensor:
-    """The adjoint of `differences`."""
-    return Gradient((p.shape[1], *p.shape[3:])).T(p.flatten(1, 2))
 
 
 def probabilities(scores: Tensor, dual: Tensor, tau: Tensor) -> Tensor:
@@ -249,25 +224,3 @@ def projected(v: Tensor, x: Tensor, flat: Tensor, tau: Tensor) -> Tensor:
             f"{float(allowed.min()):.3g}: the flat regions were not identified; lower `accuracy`"
         )
     return u / tau
-
-
-def checked_scores(scores: Tensor) -> Tensor:
-    """The scores in float64."""
-    if scores.dim() < 3 or scores.shape[1] < 2:
-        raise ShapeError(
-            f"scores are (batch, classes, *spatial) with at least two classes, given {tuple(scores.shape)}"
-        )
-    if not scores.is_floating_point() or not bool(torch.isfinite(scores).all()):
-        raise DataError(f"scores are real and finite, given {scores.dtype} with NaN or infinite values, or not real")
-    return scores.double()
-
-
-def checked_weights(weights: Tensor, scores: Tensor) -> Tensor:
-    """The edge weights as (batch or 1, axes, *spatial)."""
-    shape = (scores.dim() - 2, *scores.shape[2:])
-    wide = weights[None] if weights.dim() == len(shape) else weights
-    if wide.shape[1:] != shape or wide.shape[0] not in (1, scores.shape[0]):
-        raise ShapeError(f"edge weights are {shape} or {(scores.shape[0], *shape)}, given {tuple(weights.shape)}")
-    if not bool((torch.isfinite(wide) & (wide >= 0)).all()):
-        raise ConditionError("edge weights are finite and not negative")
-    return wide.to(scores.device)
