@@ -10,7 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from firmly import algorithms, certificates, data, errors, fixedpoint, lab, linear, networks, priors, prox, segment
+    from firmly import (
+        algorithms,
+        certificates,
+        data,
+        errors,
+        fixedpoint,
+        lab,
+        linear,
+        networks,
+        priors,
+        prox,
+        robust,
+        segment,
+    )
     from firmly.certificates import Certificate, attack, certify, verify
     from firmly.fixedpoint import Solution, bilevel, fixed_point, implicit, solve
     from firmly.networks import unroll
@@ -35,6 +48,7 @@ __all__ = [
     "networks",
     "priors",
     "prox",
+    "robust",
     "segment",
     "solve",
     "unroll",

@@ -26,9 +26,9 @@ class AmbiguitySet:
     """A set of laws q around a nominal law p, on rows of atoms: sup (or inf) over q of sum_i q_i l_i.
 
     A subclass gives `worst(losses, nominal)`, the weights of the supremum, and their derivatives: `curvature` in the
-    losses (the Hessian of the supremum, 0 where the weights are piecewise constant) and `drift` in the radius. Losses and
-    nominal weights are rows (rows, atoms) in float64; the nominal ones are not negative and sum to one, and an atom of
-    weight 0 does not exist. `radius` is a number, or a tensor of one number that gradients reach.
+    losses (the Hessian of the supremum, 0 where the weights are piecewise constant) and `drift` in the radius. Losses
+    and nominal weights are rows (rows, atoms) in float64; the nominal ones are not negative and sum to one, and an atom
+    of weight 0 does not exist. `radius` is a number, or a tensor of one number that gradients reach.
     """
 
     def __init__(self, radius: float | Tensor, low: float = 0.0, high: float = math.inf, meaning: str = "radius"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ class KL(AmbiguitySet):
     1 / eta is found by Newton's method on log KL(q_t, p) = log radius in log t, inside a bracket. From
     radius >= -log(mass of the largest losses) on, q is p restricted to the largest losses.
 
-    Sources: Hu and Hong, Kullback-Leibler divergence constrained distributionally robust optimization, 2013; docs/theory.
+    Source: Hu and Hong, Kullback-Leibler divergence constrained distributionally robust optimization, 2013.
     """
 
     def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
@@ -64,8 +63,8 @@ class KL(AmbiguitySet):
 class KLPenalty(AmbiguitySet):
     """No ball but a price: sup over q of sum_i q_i l_i - temperature KL(q, p).
 
-    The value is temperature log sum_i p_i exp(l_i / temperature): tilted losses, from the mean (temperature -> inf) to the
-    maximum (-> 0). Among all adversaries it selects one that is unique, inside, and smooth in the losses.
+    The value is temperature log sum_i p_i exp(l_i / temperature): tilted losses, from the mean (temperature -> inf) to
+    the maximum (-> 0). Among all adversaries it selects one that is unique, inside, and smooth in the losses.
     Source: Li, Beirami, Sanjabi and Smith, Tilted empirical risk minimization, 2021.
     """
 
@@ -101,12 +100,13 @@ class KLPenalty(AmbiguitySet):
 class Chi2(AmbiguitySet):
     """sum_i p_i (q_i / p_i - 1)^2 / 2 <= radius.
 
-    sup = min over eta of eta + sqrt(1 + 2 radius) sqrt(sum_i p_i (l_i - eta)_+^2), q_i proportional to p_i (l_i - eta)_+.
+    sup = min over eta of eta + sqrt(1 + 2 radius) sqrt(sum_i p_i (l_i - eta)_+^2), and q_i is proportional to
+    p_i (l_i - eta)_+.
     In closed form on the set A = {l > eta}: with its mass P, mean m and variance v, and a = 1 + 2 radius,
     eta = m - sqrt(v / (a P - 1)) and sup = m + sqrt((a P - 1) v); A shrinks from all atoms until it is unchanged.
 
-    Sources: Duchi and Namkoong, Learning models with uniform performance via distributionally robust optimization, 2021;
-    the active sets are derived in docs/theory/robust_risks.
+    Sources: Duchi and Namkoong, Learning models with uniform performance via distributionally robust optimization,
+    2021; the active sets are derived in docs/theory/robust_risks.
     """
 
     def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Chi2(AmbiguitySet):
         return torch.where(variance > 0, spread / variance, 0) * held * (change - along * centred)
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        held, _, centred, variance = self._active(losses, nominal, weights)
+        held, _, centred, _ = self._active(losses, nominal, weights)
         spread = (weights * centred).sum(1, keepdim=True)
         return torch.where(spread > 0, held * centred / torch.where(spread > 0, spread, 1), 0)
 

@@ -1,4 +1,4 @@
-"""Risks: expected losses under the worst, or the best, law near the given one, over pixels, images, classes or groups."""
+"""Risks: expected losses under the worst, or the best, law near the given one, over pixels, images or groups."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ def risk(
 
     Args:
         losses: of any shape, `(batch, *spatial)` or `(batch, class, *spatial)`; the loss of every pixel, say.
-        mask: broadcast against the losses: True where they count, or nominal weights up to a factor. Elsewhere losses may
-            be anything, NaN included, and their gradient is exactly 0. Give losses (batch, class, *spatial) a mask
+        mask: broadcast against the losses: True where they count, or nominal weights up to a factor. Elsewhere losses
+            may be anything, NaN included, and their gradient is exactly 0. Losses (batch, class, *spatial) take a mask
             (batch, 1, *spatial).
-        over: what the adversary weighs. "pixel": all entries, together. "image": the means over the entries of dimension 0.
-            "class" or "annotator": those over dimension 1. Or an integer tensor that broadcasts against the losses and
-            says which group an entry belongs to: labels, annotators, pairs of them. Means over groups have equal nominal
-            weights; groups without a valid entry do not exist.
+        over: what the adversary weighs. "pixel": all entries, together. "image": the mean losses of the images
+            (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor that
+            broadcasts against the losses and says which group an entry belongs to: labels, annotators, pairs of them.
+            Groups have equal nominal weights; groups without a valid entry do not exist.
         divergence: "kl", "chi2", "cvar", "tv" or "kl-penalty", or a set such as `KL(0.1)`.
         radius: of the set, 0.1 if not given; the fraction for "cvar", the temperature for "kl-penalty". A tensor of
             one number may be learned.
-        sense: "sup" is robust to shifts of the distribution, and up-weights what is mislabelled; "inf" is robust to wrong
-            labels, and neglects what is hard.
+        sense: "sup" is robust to shifts of the distribution, and up-weights what is mislabelled; "inf" is robust to
+            wrong labels, and neglects what is hard.
         trim: the fraction of the nominal mass with the largest losses that is left out before.
         labels: "noisy" warns where sense is "sup".
 
     Raises `ShapeError`, `SettingsError`, and `DataError` for valid losses that are not finite and for no valid loss.
     For one risk per image, and nested risks, see `AmbiguitySet.risks`.
 
-    Sources: Duchi and Namkoong 2021 (chi2); Rockafellar and Uryasev 2000 (cvar); Li et al. 2021 (kl-penalty); Zhai et al.,
-    DORO, 2021 (trim); docs/theory/robust_risks.
+    Sources: those of the sets; Zhai, Dan, Kolter and Ravikumar, DORO: distributional and outlier robust optimization,
+    2021 (trim); docs/theory/robust_risks.
     """
     return worst_case(losses, mask, over, divergence, radius, sense, trim, labels).risk
 
@@ -127,8 +127,8 @@ def groups_of(losses: Tensor, over: Over) -> Tensor:
     axis = 0 if over == "image" else 1
     if axis == 1 and losses.dim() in (1, 3):
         raise ShapeError(
-            f"over={over!r} takes losses (batch, {over}, *spatial), given {tuple(losses.shape)}: for losses without that "
-            f"dimension pass the groups themselves, over=labels"
+            f"over={over!r} takes losses (batch, {over}, *spatial), given {tuple(losses.shape)}: for losses without "
+            "that dimension pass the groups themselves, over=labels"
         )
     index = torch.arange(losses.shape[axis], device=losses.device)
     return index.reshape([-1 if d == axis else 1 for d in range(losses.dim())]).expand(losses.shape).flatten()

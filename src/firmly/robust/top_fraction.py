@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def threshold(losses: Tensor, nominal: Tensor, fraction: float) -> Tensor:
-    """The upper quantile (rows, 1): the largest loss above which, itself included, lies at least `fraction` of the mass.
+    """The upper quantile (rows, 1): the largest value such that losses of at least this hold `fraction` of the mass.
 
     Rows whose valid atoms have equal masses and equal numbers need a selection only, the others a sort.
     """
