@@ -1,0 +1,153 @@
+"""Bregman neural networks: layers with an inverse-activation skip, computed in dual coordinates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from firmly.errors import ConditionError, SettingsError, ShapeError
+from firmly.linear.convolution import Convolution
+from firmly.linear.dense import Dense
+from firmly.linear.map import LinearMap
+from firmly.networks.bregman_invertible import Residual
+from firmly.networks.bregman_skip import BregmanMean, RowStochastic
+from firmly.prox.legendre import Legendre, legendre
+
+Form = Literal["dual", "primal", "mixed"]
+
+
+class BregmanLayer(nn.Module):
+    """x+ = rho(rho^-1(P x) + W x + b), computed as u+ = rho^-1(P rho(u)) + W rho(u) + b with u = rho^-1(x).
+
+    `forward` maps dual coordinates to dual coordinates, u (batch, *W.domain) to (batch, *W.codomain): without a skip P
+    = Id and it is u + W rho(u) + b, which needs no inverse. `primal` is the first formula to the letter, for x in the
+    domain of rho. `linear` is W, `bias` is b (None: no bias), `skip` a module of dual coordinates such as
+    `BregmanMean`, or a linear map: one that selects entries is the same in both coordinates. Raises `ShapeError` where
+    the skip does not fit.
+    Source: Frecon, Gasso, Pontil and Salzo, Bregman neural networks, ICML 2022; the dual form: docs/theory/bregman.
+    """
+
+    def __init__(
+        self,
+        linear: LinearMap,
+        activation: Legendre,
+        bias: Tensor | None = None,
+        skip: BregmanMean | LinearMap | None = None,
+    ):
+        super().__init__()
+        ends = (linear.domain, linear.domain) if skip is None else (skip.domain, skip.codomain)
+        if ends != (linear.domain, linear.codomain):
+            raise ShapeError(
+                f"W maps {linear.domain} -> {linear.codomain}, and the skip beside it {ends[0]} -> {ends[1]}; a change "
+                "of width or resolution needs a skip of its own, such as BregmanMean(activation, RowStochastic(...))"
+            )
+        self.linear, self.activation, self.skip = linear, activation, skip
+        if isinstance(bias, nn.Parameter):
+            self.bias: Tensor = bias
+        else:
+            self.register_buffer("bias", torch.zeros(()) if bias is None else bias)
+
+    def weight(self) -> LinearMap:
+        """W."""
+        return self.linear
+
+    def residual(self) -> Residual:
+        """W rho(u) + b, the part beside an identity; `ConditionError` for layers with another skip."""
+        if self.skip is not None:
+            raise ConditionError(
+                f"this layer maps {self.linear.domain} -> {self.linear.codomain} with a skip that is not the identity: "
+                "only layers that keep width and resolution are known to be invertible"
+            )
+        return Residual(self.linear, self.activation, self.bias)
+
+    def forward(self, u: Tensor) -> Tensor:
+        skipped = u if self.skip is None else self.skip(u)
+        return skipped + (self.linear(self.activation(u)) + self.bias)
+
+    def primal(self, x: Tensor) -> Tensor:
+        """rho(rho^-1(P x) + W x + b) with the inverse activation; `DataError` for x outside the domain of rho."""
+        if isinstance(self.skip, BregmanMean):
+            averaged = self.activation.inverse(self.skip.average(x))
+        else:
+            averaged = self.activation.inverse(x if self.skip is None else self.skip(x))
+        return self.activation(averaged + self.linear(x) + self.bias)
+
+
+class BregmaNet(nn.Module):
+    """A chain of `depth` Bregman layers, run in dual coordinates: u <- u + W rho(u) + b.
+
+    `features` is the width, or the widths of all values where it changes (then `depth` is left out): a layer that
+    changes it averages its inputs with a learned row-stochastic P. Without `spatial` values are (batch, features);
+    with it they are (batch, features, *spatial) and W is a convolution with kernels of `kernel_size`, zero beyond the
+    border, or circular where the network is `invertible`. `activation` is a Legendre pair or its name.
+
+    `form` says in which coordinates values come in and go out: "dual" (u to u), "primal" (x to x, for x strictly inside
+    the domain of rho, else `DataError`), "mixed" (u to x: plain features come in, activated ones go out). All are the
+    same network, x = rho(u); only the first value of the primal form passes through an inverse activation.
+
+    With `invertible` the weights are such that every layer is a bijection, whatever they learn, and a change of width
+    raises `ConditionError`. `inverse` and `log_det` work for every network whose weights are proved to be invertible.
+    Raises `SettingsError` for other arguments. Source: as `BregmanLayer`.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        depth: int | None = None,
+        activation: str | Legendre = "tanh",
+        invertible: bool = False,
+        form: Form = "dual",
+        spatial: Sequence[int] = (),
+        kernel_size: int = 3,
+    ):
+        super().__init__()
+        widths = widths_of(features, depth)
+        if form not in get_args(Form):
+            raise SettingsError(f"the form is one of {', '.join(get_args(Form))}; given {form!r}")
+        if min(kernel_size, *spatial, 1) < 1:
+            raise SettingsError(f"kernel_size and spatial are at least 1, given {kernel_size} and {tuple(spatial)}")
+        if invertible and len(set(widths)) > 1:
+            raise ConditionError(f"an invertible network keeps its width, given {widths}")
+        self.activation = legendre(activation) if isinstance(activation, str) else activation
+        self.form: Form = form
+        self.inputs = {"data": (widths[0], *spatial)}
+        scale = 1 / math.sqrt(len(widths) - 1)  # so that the sum of all layers keeps its size at any depth
+        self.layers = nn.ModuleList(
+            bregman_layer(self.activation, n, m, tuple(spatial), kernel_size, scale)
+            for n, m in itertools.pairwise(widths)
+        )
+
+    def forward(self, data: Tensor) -> Tensor:
+        u = self.activation.inverse(data) if self.form == "primal" else data
+        for layer in self.layers:
+            u = layer(u)
+        return u if self.form == "dual" else self.activation(u)
+
+
+def widths_of(features: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
+    """The widths of all values, one more than there are layers."""
+    if isinstance(features, int):
+        widths = (features,) * ((1 if depth is None else depth) + 1)
+    else:
+        widths = tuple(int(n) for n in features)
+        if depth is not None and depth != len(widths) - 1:
+            raise SettingsError(f"{len(widths)} widths make a depth of {len(widths) - 1}, given depth={depth}")
+    if len(widths) < 2 or min(widths) < 1:
+        raise SettingsError(f"a network has at least one layer and widths of at least 1, given {features=}, {depth=}")
+    return widths
+
+
+def bregman_layer(
+    activation: Legendre, inputs: int, outputs: int, spatial: tuple[int, ...], kernel_size: int, scale: float
+) -> BregmanLayer:
+    """A layer with weights N(0, scale^2 / fan-in), bias 0, and a mean of the inputs as its skip where widths differ."""
+    size = (outputs, inputs, *[kernel_size] * len(spatial))
+    weight = nn.Parameter(torch.randn(size) * scale / math.sqrt(math.prod(size[1:])))
+    linear = Convolution(weight, (inputs, *spatial), "zero") if spatial else Dense(weight)
+    skip = None if inputs == outputs else BregmanMean(activation, RowStochastic(inputs, outputs, spatial))
+    return BregmanLayer(linear, activation, nn.Parameter(torch.zeros(outputs, *[1] * len(spatial))), skip)
