@@ -182,14 +182,15 @@ def directions(residual: Residual, small: bool) -> Callable[[Tensor, Tensor], Te
 def recorded(residual: Residual, v: Any, scale: Tensor | None) -> Any:
     """The inverse as a monotone equilibrium: y = rho(-K V y + K (v - b) + c) is the activation at u, u = v - b - V y.
 
-    In the variable S y / L the activation has slopes in [0, 1] and the loop is -L S K V S^-1.
+    In the variable S y / L the activation has slopes in [0, 1] and the loop is -L S K V S^-1. W = f M with f near -1/L
+    and M monotone by construction has the loop M in the variable -f y.
     """
     L = residual.activation.lipschitz
     square = residual.product()
     loop: LinearMap = Scale(-L, square)
-    if isinstance(square, Scale) and isinstance(square.of, Monotone) and -L * float(square.factor) == 1.0:
-        loop = square.of
     back: LinearMap = Scale(L, residual.outer)
+    if isinstance(square, Scale) and isinstance(square.of, Monotone) and abs(1 + L * float(square.factor)) < 4e-16:
+        loop, back = square.of, Scale(-1.0, square.of)
     w = residual.inside(v - residual.bias)
     if scale is not None:
         loop = Rescaled(loop, scale, scale)

@@ -128,6 +128,7 @@ def _prove(residual: Residual) -> Invertibility:
         )
     if not all(bool(torch.isfinite(t).all()) for t in residual.state_dict().values() if isinstance(t, Tensor)):
         raise ConditionError("the layer has weights that are NaN or infinite, and no inverse")
+    # the true constant of the activation may be a rounding above L
     V, K = residual.outer.norm().upper, 1.0 if residual.inner is None else residual.inner.norm().upper
     gain = V * K * L * (1 + SLACK)
     square = residual.product()
@@ -141,6 +142,7 @@ def _prove(residual: Residual) -> Invertibility:
         scale = diagonal_scaling(torch.eye(square.domain[0], dtype=torch.float64) + L * square.matrix().cpu())
         if scale is not None and (found := proved_margin(Rescaled(square, scale, scale), L)) > 0:
             condition, stretch, margin = "diagonal", float(scale.max() / scale.min()), found
+    margin -= SLACK * gain * stretch
     if not margin > 0:
         raise ConditionError(
             f"the layer is not proved to be invertible: lam_min(sym W) > -1/L = {-1 / L:.6g} is condition (b), and all "

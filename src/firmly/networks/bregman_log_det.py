@@ -1,0 +1,183 @@
+"""log |det| of the Jacobian of F(u) = u + V rho(K u + c) + b: exact where it is, else unbiased with its error."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError
+from firmly.fixedpoint.gmres import gmres
+from firmly.linear.algebra import Compose
+from firmly.linear.basis import Fourier
+from firmly.linear.map import LinearMap
+from firmly.networks.bregman_invertible import Residual, invertibility, residual_of
+from firmly.networks.bregman_weights import Triangular
+
+LARGEST_MATRIX = 1024  # rows of determinants that are factorised
+
+
+def log_det(layer: nn.Module, u: Tensor) -> Tensor:
+    """log det(Id + V diag(rho'(K u + c)) K), (batch,), exact; u is (batch, *shape), in dual coordinates.
+
+    Triangular weights need a sum only. The determinant of a product around a circle is the same wherever the circle is cut (Sylvester): it is formed where
+    it is narrowest, which is the rank of `V` and `K` as they are composed. Matrices of up to 1024 rows are factorised;
+    convolutions beyond that are treated frequency by frequency where the slopes of every channel are constant over the
+    pixels, which is where they are diagonal there. Others raise `NotDiagonal`: `estimate_log_det` is for them. Gradients
+    reach u and all weights. Raises `ConditionError` for layers that are not proved to be invertible, under which the
+    determinant is positive. In primal coordinates add sum log rho'(u+) - sum log rho'(u).
+    Source: docs/theory/bregman; van den Berg et al., Sylvester normalizing flows, 2018 (low rank).
+    """
+    invertibility(layer)
+    return log_det_of(residual_of(layer), u)
+
+
+def log_det_of(residual: Residual, u: Tensor) -> Tensor:
+    """`log_det` for a layer that is invertible by construction, or whose proof was made before."""
+    slopes = residual.slopes(u)
+    if isinstance(residual.outer, Triangular) and residual.inner is None:
+        return torch.log1p(slopes * residual.outer.matrix().diagonal().to(slopes)).sum(1)
+    circle = [*factors(residual.outer), None, *([] if residual.inner is None else factors(residual.inner))]
+    widths = [math.prod(f.codomain if f is not None else residual.outer.domain) for f in circle]
+    narrow = min(range(len(circle)), key=widths.__getitem__)
+    if widths[narrow] <= LARGEST_MATRIX:
+        return by_matrix([*circle[narrow:], *circle[:narrow]], slopes.flatten(1))
+    return by_frequency(residual, slopes)
+
+
+def factors(linear_map: LinearMap) -> list[LinearMap]:
+    """The maps that a composition is made of, the outermost first."""
+    if isinstance(linear_map, Compose):
+        return [*factors(linear_map.outer), *factors(linear_map.inner)]
+    return [linear_map]
+
+
+def by_matrix(circle: list[LinearMap | None], slopes: Tensor) -> Tensor:
+    """log det(Id + product of the circle), None standing for diag(slopes)."""
+    product: Tensor | None = None
+    for f in circle:
+        if f is not None:
+            matrix = f.matrix().to(slopes)
+            product = matrix if product is None else product @ matrix
+        else:
+            product = torch.diag_embed(slopes) if product is None else product * slopes[:, None, :]
+    assert product is not None
+    return torch.linalg.slogdet(product + torch.eye(product.shape[-1], dtype=slopes.dtype, device=slopes.device))[1]
+
+
+def by_frequency(residual: Residual, slopes: Tensor) -> Tensor:
+    """One determinant per frequency, for slopes that do not vary over the pixels: Id + V(f) diag(slopes) K(f)."""
+    spatial = residual.outer.domain[1:]
+    per_channel = slopes.flatten(2)
+    if not spatial or not bool((per_channel == per_channel[:, :, :1]).all()):
+        raise NotDiagonal(
+            f"no exact log-determinant: W diag(rho') on {residual.outer.domain} has over {LARGEST_MATRIX} entries, is "
+            "of no low rank, and rho' varies over the pixels, so that frequencies mix; use estimate_log_det"
+        )
+    basis = Fourier(spatial, full=True, track=False, device=slopes.device)
+    V = residual.outer.symbol(basis).value  # (frequencies, out, in)
+    blocks = V[None] * per_channel[:, None, None, :, 0].to(V.dtype)
+    if residual.inner is not None:
+        blocks = blocks @ residual.inner.symbol(basis).value
+    blocks = blocks + torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
+    return torch.linalg.slogdet(blocks)[1].expand(-1, basis.blocks).sum(1).to(slopes.dtype)
+
+
+class LogDet(NamedTuple):
+    """An unbiased estimate (batch,) with its standard error (batch,) over the probes."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def estimate_log_det(
+    layer: nn.Module, u: Tensor, probes: int = 16, generator: torch.Generator | None = None
+) -> LogDet:
+    """An estimate of `log_det(layer, u)` without a matrix, unbiased up to the tolerance of its linear solves.
+
+    log det(Id + G) = int_0^1 tr((Id + t G)^-1 G) dt for G = V diag(rho') K, because a layer that satisfies a condition
+    of `invertibility` does so with t V for every t in [0, 1]. Each probe draws t and a random sign vector e and takes
+    e'(Id + t G)^-1 G e, with t stratified over the probes, which makes the standard error, that of independent probes,
+    an overestimate. No power series is involved, so that |V| |K| L may be larger than 1. The gradient in u and all
+    weights is unbiased, too: that of e'(Id + G)^-T G e with the solve held fixed. Raises `NotConverged` where GMRES
+    does not reach its tolerance. Source: derived in docs/theory/bregman; Hutchinson 1990 for the trace.
+    """
+    if probes < 2:
+        raise SettingsError(f"a standard error needs at least 2 probes, given {probes}")
+    invertibility(layer)
+    residual = residual_of(layer)
+    slopes = residual.slopes(u)
+
+    def G(e: Tensor) -> Tensor:
+        return residual.outer(slopes * (e if residual.inner is None else residual.inner(e)))
+
+    def transposed(e: Tensor) -> Tensor:
+        back = slopes * residual.outer.T(e)
+        return back if residual.inner is None else residual.inner.T(back)
+
+    wanted = torch.is_grad_enabled() and (slopes.requires_grad or any(p.requires_grad for p in residual.parameters()))
+    found = []
+    for k in range(probes):
+        e = random_signs(u, generator)
+        t = (k + torch.rand((), generator=generator, dtype=u.dtype, device=draw_device(u, generator)).to(u)) / probes
+        image = G(e)
+        with torch.no_grad():
+            value = (e * solve(lambda x, t=t: x + t * G(x), image.detach())).flatten(1).sum(1)
+            a = solve(lambda x: x + transposed(x), e) if wanted else e
+        gradient = (a * image).flatten(1).sum(1)
+        found.append(value + gradient - gradient.detach())
+    each = torch.stack(found)
+    return LogDet(each.mean(0), (each.detach().var(0) / probes).sqrt())
+
+
+def series_log_det(
+    layer: nn.Module, u: Tensor, probes: int = 16, terms: int = 4, generator: torch.Generator | None = None
+) -> LogDet:
+    """The residual-flow estimate: sum_k (-1)^(k+1) tr(G^k) / k with a Russian roulette, unbiased, for contractions only.
+
+    The first `terms` are always taken; later ones with probability 1/2 each and weights that undo it. Raises
+    `ConditionError` unless |V| |K| L < 1. Source: Chen et al., Residual flows, NeurIPS 2019, equation 6.
+    """
+    if probes < 2 or terms < 1:
+        raise SettingsError(f"the series needs at least 2 probes and 1 term, given {probes} and {terms}")
+    if invertibility(layer).condition != "contraction":
+        raise ConditionError(
+            "the power series of log det(Id + G) converges for contractions, |V| |K| L < 1, which is not proved here; "
+            "use estimate_log_det, which has no such condition"
+        )
+    residual = residual_of(layer)
+    slopes = residual.slopes(u)
+    found = []
+    for _ in range(probes):
+        extra = int(torch.empty((), device=draw_device(u, generator)).geometric_(0.5, generator=generator)) - 1
+        e = power = random_signs(u, generator)
+        total, weight = u.new_zeros(len(u)), 1.0
+        for k in range(1, terms + extra + 1):
+            power = residual.outer(slopes * (power if residual.inner is None else residual.inner(power)))
+            weight = weight if k <= terms else 2 * weight  # 1 / probability of coming here
+            total = total + (-1) ** (k + 1) * weight / k * (e * power).flatten(1).sum(1)
+        found.append(total)
+    each = torch.stack(found)
+    return LogDet(each.mean(0), (each.detach().var(0) / probes).sqrt())
+
+
+def solve(apply, right: Tensor) -> Tensor:
+    tol = torch.finfo(right.dtype).eps ** 0.75
+    x, residual = gmres(apply, right, tol)
+    if not residual <= 10 * tol:
+        raise NotConverged(
+            f"a linear system of a log-determinant has the relative residual {residual:.3g}, the tolerance is "
+            f"{10 * tol:.3g}; a larger margin or float64 helps"
+        )
+    return x
+
+
+def random_signs(u: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = draw_device(u, generator)
+    return (2 * torch.randint(0, 2, u.shape, generator=generator, device=device) - 1).to(u)
+
+
+def draw_device(u: Tensor, generator: torch.Generator | None) -> torch.device:
+    return u.device if generator is None else generator.device
