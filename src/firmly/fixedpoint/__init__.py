@@ -5,6 +5,7 @@ from firmly.fixedpoint.bilevel import BilevelSolution, Ending, bilevel
 from firmly.fixedpoint.equilibrium import equilibrium
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.layer import ImplicitLayer, implicit
+from firmly.fixedpoint.quadratic_program import QuadraticProgram, quadratic_program
 from firmly.fixedpoint.solve import Solution, Status, solve
 from firmly.fixedpoint.solvers import Anderson, Broyden, Newton, Picard
 
@@ -22,6 +23,7 @@ __all__ = [
     "Newton",
     "OneStep",
     "Picard",
+    "QuadraticProgram",
     "Solution",
     "Status",
     "Unrolled",
@@ -29,5 +31,6 @@ __all__ = [
     "equilibrium",
     "fixed_point",
     "implicit",
+    "quadratic_program",
     "solve",
 ]
