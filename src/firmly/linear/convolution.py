@@ -79,9 +79,11 @@ class Convolution(LinearMap):
         return self._correlate(eye, self.kernel).reshape(size, -1).T  # by sums: every entry is a tap, without rounding
 
     def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
-        batch, weight = x.shape[0], self._weight(kernel, x.dtype)
-        padded = self._pad(x.reshape(-1, weight.shape[1], *self.domain[1:]), weight.shape[2:])
-        return _CONVOLVE[len(self.domain) - 1](padded, weight).reshape(batch, *self.codomain)
+        batch, weight, convolve = x.shape[0], self._weight(kernel, x.dtype), _CONVOLVE[len(self.domain) - 1]
+        x, size = x.reshape(-1, weight.shape[1], *self.domain[1:]), weight.shape[2:]
+        if self.padding == "zero" and all(k % 2 for k in size):  # without a padded copy
+            return convolve(x, weight, padding=[k // 2 for k in size]).reshape(batch, *self.codomain)
+        return convolve(self._pad(x, size), weight).reshape(batch, *self.codomain)
 
     def _correlate_adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
         batch, weight = y.shape[0], self._weight(kernel, y.dtype)
