@@ -32,7 +32,7 @@ class AmbiguitySet:
     """
 
     def __init__(self, radius: float | Tensor, low: float = 0.0, high: float = math.inf, meaning: str = "radius"):
-        given = torch.as_tensor(radius).detach()
+        given = torch.as_tensor(radius, dtype=torch.float64).detach()
         if given.numel() != 1 or not (math.isfinite(float(given)) and low <= float(given) <= high):
             interval = f"of at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
             raise SettingsError(
@@ -43,7 +43,7 @@ class AmbiguitySet:
     @property
     def size(self) -> float:
         """The radius outside of the autograd graph."""
-        return float(torch.as_tensor(self.radius).detach())
+        return float(torch.as_tensor(self.radius, dtype=torch.float64).detach())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:g})"

@@ -29,7 +29,7 @@ class KL(AmbiguitySet):
         if radius == 0:
             return nominal
         scaled, width = normalised(losses, nominal)
-        safe = torch.where(saturated, 1.0, radius)
+        safe = torch.full_like(mass, radius)
 
         spread = (nominal * (scaled - (nominal * scaled).sum(1, keepdim=True)) ** 2).sum(1, keepdim=True)
         t = (2 * safe / torch.where(spread > 0, spread, 1)).sqrt()  # the root for small radii
