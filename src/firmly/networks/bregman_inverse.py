@@ -59,14 +59,14 @@ def inverse(layer: nn.Module, v: Tensor, max_iterations: int = 200) -> Tensor:
 
 
 class Inverse(nn.Module):
-    """v -> the inverse of a layer, as a module: to be certified and attacked like any other."""
+    """v -> the inverse of a layer, or `of.inverse(v)` of a whole network: a module to be certified and attacked."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, of: nn.Module):
         super().__init__()
-        self.layer = layer
+        self.of = of
 
     def forward(self, v: Tensor) -> Tensor:
-        return inverse(self.layer, v)
+        return self.of.inverse(v) if hasattr(self.of, "inverse") else inverse(self.of, v)
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------

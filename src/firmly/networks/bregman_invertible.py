@@ -93,17 +93,15 @@ _known: WeakKeyDictionary[nn.Module, Memo[Invertibility]] = WeakKeyDictionary()
 
 
 def residual_of(layer: nn.Module) -> Residual:
-    """The residual of a layer: itself, `layer.residual()` of a wide layer, or W and b of a square Bregman layer."""
+    """The residual g of a layer u -> u + g(u): itself, or what `layer.residual()` says."""
     if isinstance(layer, Residual):
         return layer
-    if hasattr(layer, "residual"):
-        return layer.residual()
-    if not (hasattr(layer, "weight") and callable(layer.weight) and hasattr(layer, "activation")):
+    if not hasattr(layer, "residual"):
         raise ConditionError(
-            f"{type(layer).__name__} is not known to be invertible: Bregman layers with square weights are, and the "
-            "flow layers of firmly.networks; clamping, batch normalisation and changes of width are not"
+            f"{type(layer).__name__} is not known to be invertible: square Bregman layers are, and the layers of "
+            "firmly.networks.BregmanFlow; clamping, batch normalisation and changes of width are not"
         )
-    return Residual(layer.weight(), layer.activation, layer.bias)
+    return layer.residual()
 
 
 def invertibility(layer: nn.Module) -> Invertibility:
