@@ -5,7 +5,7 @@ from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.bregman import BregmaNet, BregmanLayer
-from firmly.networks.bregman_skip import BregmanMean, RowStochastic
+from firmly.networks.bregman_skip import BregmanMean
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
 from firmly.networks.descent import descend
@@ -27,7 +27,6 @@ __all__ = [
     "IstaNet",
     "IstaNetPlus",
     "MonotoneLayer",
-    "RowStochastic",
     "Selection",
     "SparseNetwork",
     "Unrolled",

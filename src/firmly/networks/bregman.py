@@ -15,8 +15,9 @@ from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
 from firmly.networks.bregman_invertible import Residual
-from firmly.networks.bregman_skip import BregmanMean, RowStochastic
+from firmly.networks.bregman_skip import BregmanMean
 from firmly.prox.legendre import Legendre, legendre
+from firmly.prox.row_stochastic import RowStochastic
 
 Form = Literal["dual", "primal", "mixed"]
 

@@ -16,6 +16,7 @@ from firmly.prox.mixed_norm import MixedNorm
 from firmly.prox.norms import L2, SquaredL2
 from firmly.prox.prior import Prior, Slope, Zero, proximal
 from firmly.prox.ridge import Ridge, ridge_gradient
+from firmly.prox.row_stochastic import RowStochastic
 from firmly.prox.simplex import Simplex
 from firmly.prox.spectral import LogDet, Nuclear
 from firmly.prox.spline import LinearSpline, MonotoneSpline, huber_slopes
@@ -52,6 +53,7 @@ __all__ = [
     "Nuclear",
     "Prior",
     "Ridge",
+    "RowStochastic",
     "Simplex",
     "Slope",
     "SquaredL2",

@@ -2,57 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import singledispatch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.errors import DataError
 from firmly.prox.legendre import Legendre
-from firmly.prox.legendre_pairs import Atan, Isru, Sigmoid, Tanh, hypotenuse
+from firmly.prox.legendre_pairs import Atan, Exp, Isru, Sigmoid, Softplus, Tanh, hypotenuse
+from firmly.prox.row_stochastic import RowStochastic
 
-Average = Callable[[Tensor], Tensor]
+CONCAVE = (Sigmoid, Tanh, Softplus, Exp)
+"""Pairs for which rho'(rho^-1(x)) is concave in x, so that means in dual coordinates have a bound of their own."""
 
 
-def mean(pair: Legendre, average: Average, u: Tensor) -> Tensor:
-    """rho^-1(A rho(u)) for an average A, a linear map with entries >= 0 and rows that sum to 1.
+def mean(pair: Legendre, average: RowStochastic, u: Tensor) -> Tensor:
+    """rho^-1(A rho(u)) for an average A of learned weights: (batch, *A.domain) to (batch, *A.codomain).
 
     A is applied to the distances of rho(u) to the ends of the domain, each with its full relative accuracy, and the
-    inverse is taken of these. `DataError` where rho(u) underflows and the result is not finite. Open to
-    `__torch_function__`.
+    inverse is taken of these; where they underflow, and rho is exponential there, to their logarithms. Raises
+    `DataError` where the result is not finite nevertheless. Open to `__torch_function__`.
     """
     if has_torch_function((u,)):
         return handle_torch_function(mean, (u,), pair, average, u)
     value = _mean(pair, average, u)
-    if not value.is_meta and not bool(value.isfinite().all()):
+    if value.is_meta or bool(value.isfinite().all()):
+        return value
+    if isinstance(pair, CONCAVE):
+        value = _mean_of_logarithms(pair, average, u)
+    if not bool(value.isfinite().all()):
         raise DataError(f"the average in the coordinates of {pair} is not finite in {u.dtype}: |u| is too large")
     return value
 
 
 @singledispatch
-def _mean(pair: Legendre, average: Average, u: Tensor) -> Tensor:
+def _mean(pair: Legendre, average: RowStochastic, u: Tensor) -> Tensor:
     return pair._inverse(average(pair._value(u)))
 
 
 @_mean.register
-def _(pair: Sigmoid, average: Average, u: Tensor) -> Tensor:
-    return log_odds(average, u)
+def _(pair: Sigmoid, average: RowStochastic, u: Tensor) -> Tensor:
+    return average(torch.sigmoid(u)).log() - average(torch.sigmoid(-u)).log()
 
 
 @_mean.register
-def _(pair: Tanh, average: Average, u: Tensor) -> Tensor:
+def _(pair: Tanh, average: RowStochastic, u: Tensor) -> Tensor:
     """tanh t = 2 sigmoid(2 t) - 1."""
-    return log_odds(average, 2 * pair.rate * u) / (2 * pair.rate)
-
-
-def log_odds(average: Average, t: Tensor) -> Tensor:
-    return average(torch.sigmoid(t)).log() - average(torch.sigmoid(-t)).log()
+    return _mean(Sigmoid(), average, 2 * pair.rate * u) / (2 * pair.rate)
 
 
 @_mean.register
-def _(pair: Atan, average: Average, u: Tensor) -> Tensor:
+def _(pair: Atan, average: RowStochastic, u: Tensor) -> Tensor:
     """pi/2 - atan u = atan2(1, u)."""
     one = torch.ones_like(u)
     above, below = average(torch.atan2(one, u)), average(torch.atan2(one, -u))
@@ -61,12 +63,43 @@ def _(pair: Atan, average: Average, u: Tensor) -> Tensor:
 
 
 @_mean.register
-def _(pair: Isru, average: Average, u: Tensor) -> Tensor:
+def _(pair: Isru, average: RowStochastic, u: Tensor) -> Tensor:
     """1 - u / s = 1 / (s (s + u)) with s = sqrt(1 + u^2)."""
-    above, below = average(to_one(u)), average(to_one(-u))
+    above, below = average(_to_one(u)), average(_to_one(-u))
     return (below - above) / (2 * (above * below).sqrt())
 
 
-def to_one(u: Tensor) -> Tensor:
+def _to_one(u: Tensor) -> Tensor:
     s = hypotenuse(u)
     return torch.where(u > 0, 1 / (s * (s + u.clamp(min=0))), 1 - u / s)
+
+
+@singledispatch
+def _mean_of_logarithms(pair: Legendre, average: RowStochastic, u: Tensor) -> Tensor:
+    raise TypeError(f"{pair} is not exponential at an end of its domain")
+
+
+@_mean_of_logarithms.register
+def _(pair: Sigmoid, average: RowStochastic, u: Tensor) -> Tensor:
+    return average.log_average(F.logsigmoid(u)) - average.log_average(F.logsigmoid(-u))
+
+
+@_mean_of_logarithms.register
+def _(pair: Tanh, average: RowStochastic, u: Tensor) -> Tensor:
+    return _mean_of_logarithms(Sigmoid(), average, 2 * pair.rate * u) / (2 * pair.rate)
+
+
+@_mean_of_logarithms.register
+def _(pair: Exp, average: RowStochastic, u: Tensor) -> Tensor:
+    return average.log_average(u)
+
+
+@_mean_of_logarithms.register
+def _(pair: Softplus, average: RowStochastic, u: Tensor) -> Tensor:
+    """beta x = log(1 + e^t) is e^t for small e^t, and its inverse log(beta x): both to rounding below -40."""
+    t = pair.beta * u
+    small = t < -40
+    logs = average.log_average(torch.where(small, t, F.softplus(torch.where(small, 0.0, t), threshold=40.0).log()))
+    small = logs < -40
+    x = torch.where(small, 0.0, logs).exp()
+    return torch.where(small, logs, x + (-torch.expm1(-x)).log()) / pair.beta
