@@ -5,6 +5,7 @@ from firmly.fixedpoint.bilevel import BilevelSolution, Ending, bilevel
 from firmly.fixedpoint.equilibrium import equilibrium
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.layer import ImplicitLayer, implicit
+from firmly.fixedpoint.proximal_gradient import ProximalGradient
 from firmly.fixedpoint.quadratic_program import QuadraticProgram, quadratic_program
 from firmly.fixedpoint.solve import Solution, Status, solve
 from firmly.fixedpoint.solvers import Anderson, Broyden, Newton, Picard
@@ -23,6 +24,7 @@ __all__ = [
     "Newton",
     "OneStep",
     "Picard",
+    "ProximalGradient",
     "QuadraticProgram",
     "Solution",
     "Status",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from firmly.errors import DataError, NotConverged, SettingsError
 from firmly.fixedpoint.adjoints import Adjoint, Checkpointed, Implicit, Unrolled
 from firmly.fixedpoint.implicit_function import FixedPointFunction, Problem
+from firmly.fixedpoint.kinks import kinks
+from firmly.fixedpoint.proximal_gradient import ProximalGradient, ProximalGradientSolver
 from firmly.fixedpoint.solve import Status
 from firmly.fixedpoint.solvers import Found, Picard, Solver, iterate
 from firmly.fixedpoint.state import Layout, norms, relative_residual
@@ -24,10 +26,10 @@ class FixedPoint:
     """A solution of x = T(x, p) with its account.
 
     `state` is x, as the map returns it. `residual` (batch,) is |T(x) - x| / max(|T(x)|, |x|) at exactly this x and
-    `iterations` (batch,) what every element took. `error_bound` (batch,) bounds |x - x*| where a contraction factor was
-    given, else None. `backward_residuals` grows with every linear system that a derivative of `state` solves, and with
-    `Implicit("manifold")` so does `least_curvatures`, the smallest curvature found on the active manifold over the
-    largest.
+    `iterations` (batch,) what every element took. `error_bound` (batch,) bounds |x - x*| where a contraction factor or
+    a modulus of strong monotonicity is known, else None. `backward_residuals` grows with every linear system that a
+    derivative of `state` solves, and with `Implicit("manifold")` so does `least_curvatures`, the smallest curvature
+    found on the active manifold over the largest.
     """
 
     state: Any
@@ -37,6 +39,7 @@ class FixedPoint:
     error_bound: Tensor | None
     backward_residuals: list[float] = field(default_factory=list, repr=False)
     least_curvatures: list[float] = field(default_factory=list, repr=False)
+    plain_map: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)  # on rows, for `doubts`
 
     @property
     def converged(self) -> bool:
@@ -46,8 +49,48 @@ class FixedPoint:
     def degenerate(self) -> bool:
         """Whether a derivative found a direction without curvature: x is not unique, and what was returned is the
         derivative of least norm, right for what is unique (predictions)."""
+        return any(c <= self.finest for c in self.least_curvatures)
+
+    @property
+    def finest(self) -> float:
         dtype = (self.state if isinstance(self.state, Tensor) else self.state[0]).dtype
-        return any(c <= torch.finfo(dtype).eps ** 0.75 for c in self.least_curvatures)
+        return torch.finfo(dtype).eps ** 0.75
+
+    def doubts(self) -> list[str]:
+        """What speaks against derivatives of this solution, in sentences; three more evaluations of the map.
+
+        A solution that is not reached; derivatives already taken whose linear system was not solved; a solution that
+        is not unique, or ill-conditioned on its active manifold; a kink of the map near the solution (`kinks`, a
+        heuristic: within ten residuals, or within eps^(1/3)), where the derivative is one element of a set or the
+        active entries are not yet identified; a map that is constant there, as with nothing active.
+        """
+        found = [] if self.converged else [str(self.status)]
+        worst = max(self.backward_residuals, default=0.0)
+        if worst > self.finest:
+            found.append(f"a derivative has been taken whose linear system has the relative residual {worst:.3g}")
+        curvature = min(self.least_curvatures, default=1.0)
+        if self.degenerate:
+            found.append("the solution is not unique: its derivative is that of least norm, right for predictions")
+        elif curvature < self.finest**0.5:
+            found.append(
+                f"ill-conditioned: curvatures along the active manifold differ by a factor of {1 / curvature:.1g}"
+            )
+        if self.plain_map is not None:
+            layout = Layout(self.state)
+            x = layout.flat(self.state).detach()
+            sharp, still = (t.nonzero()[:, 0].tolist() for t in kinks(self.plain_map, x, 10 * self.residual))
+            if sharp:
+                found.append(
+                    f"the map has a kink near the solution, elements {sharp}: a breakpoint, where the derivative is "
+                    "one element of a set, or entries whose activity is not identified yet: lower tol, or move the "
+                    "parameters"
+                )
+            if still:
+                found.append(
+                    f"the map is constant near the solution, elements {still}: nothing is active, and the derivative "
+                    "in a penalty above its largest useful weight is exactly zero"
+                )
+        return found
 
 
 def fixed_point(
@@ -59,14 +102,19 @@ def fixed_point(
     tol: float | None = None,
     max_iterations: int = 1000,
     contraction: float | None = None,
+    strong_monotonicity: float | None = None,
 ) -> FixedPoint:
     """The x with x = T(x, *parameters), from `start`, differentiable in the parameters as `adjoint` says.
 
     A state is a tensor (batch, ...) or a (named) tuple of them; T treats every element of the batch alone. All tensors
     that T depends on and that may require gradients are among the parameters: one that T holds on to otherwise would
     get no gradient, and is refused. `tol` bounds the relative residual |T(x) - x| / max(|T(x)|, |x|) of every element;
-    None is eps^(3/4) of the precision. With a `contraction` factor r < 1 of T, |x - x*| <= |T(x) - x| / (1 - r) is
-    reported.
+    None is eps^(3/4) of the precision.
+
+    With a `contraction` factor r < 1 of T, |x - x*| <= |T(x) - x| / (1 - r) is reported; with a modulus m > 0 of
+    `strong_monotonicity`, <d - (T(x + d) - T(x)), d> >= m |d|^2 for all d, |x - x*| <= |T(x) - x| / m, as
+    m |x - x*|^2 <= <x - T(x), x - x*>. A contraction has the modulus 1 - r; an expansion may have one, too. The bound
+    is that of the residual as it is computed: rounding in T itself is not covered.
 
     Gradients of a state that has not converged are refused (`NotConverged`), as they belong to no solution; so are
     those whose linear system is not solved to its tolerance. Derivatives can be taken again, forward or backward, and
@@ -81,8 +129,7 @@ def fixed_point(
     tol = float(torch.finfo(flat.dtype).eps ** 0.75) if tol is None else tol
     if not (tol >= 0 and math.isfinite(tol)) or max_iterations < 1:
         raise SettingsError(f"tol is finite and at least 0, max_iterations at least 1; given {tol}, {max_iterations}")
-    if contraction is not None and not 0 <= contraction < 1:
-        raise SettingsError(f"a contraction factor lies in [0, 1), given {contraction}")
+    modulus = modulus_of(contraction, strong_monotonicity)
 
     def step(x: Tensor, *p: Tensor) -> Tensor:
         return layout.flat(T(layout.state(x), *p))
@@ -93,7 +140,11 @@ def fixed_point(
     refuse_hidden_parameters(step, flat, parameters)
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     if isinstance(adjoint, (Unrolled, Checkpointed)):
-        return unrolled(step, layout, flat, parameters, solver, adjoint, tol, max_iterations, contraction)
+        return unrolled(step, layout, flat, parameters, solver, adjoint, tol, max_iterations, modulus)
+    manifold = None
+    if isinstance(adjoint, Implicit) and adjoint.solver == "manifold" and isinstance(T, ProximalGradient):
+        manifold = ProximalGradientSolver(T, tuple(layout.shapes[0]))
+        adjoint = replace(adjoint, solver=manifold)
     accounts: list[Found] = []
 
     def find(x: Tensor, p: tuple[Tensor, ...]) -> Tensor:
@@ -111,23 +162,39 @@ def fixed_point(
     problem = Problem(step, find, adjoint)
     x = FixedPointFunction.apply(problem, flat, *parameters)
     account = accounts[-1]
-    return report(step, layout, x, parameters, account, contraction, problem.residuals)
+    curvatures = [] if manifold is None else manifold.least_curvatures
+    return report(step, layout, x, parameters, account, modulus, problem.residuals, curvatures)
+
+
+def modulus_of(contraction: float | None, strong_monotonicity: float | None) -> float | None:
+    """The best known modulus of strong monotonicity of I - T."""
+    if contraction is not None and not 0 <= contraction < 1:
+        raise SettingsError(f"a contraction factor lies in [0, 1), given {contraction}")
+    if strong_monotonicity is not None and not 0 < strong_monotonicity < math.inf:
+        raise SettingsError(f"a modulus of strong monotonicity is positive and finite, given {strong_monotonicity}")
+    known = [m for m in (None if contraction is None else 1 - contraction, strong_monotonicity) if m is not None]
+    return max(known, default=None)
 
 
 def report(
     step: Callable[..., Tensor], layout: Layout, x: Tensor, parameters: tuple[Tensor, ...], found: Found,
-    contraction: float | None, residuals: list[float],
+    modulus: float | None, residuals: list[float], curvatures: list[float],
 ) -> FixedPoint:  # fmt: skip
-    bound = None
-    if contraction is not None:
-        with torch.no_grad():
-            bound = norms(step(found.x, *parameters) - found.x) / (1 - contraction)
-    return FixedPoint(layout.state(x), found.status, found.residual, found.iterations, bound, residuals)
+    fixed = tuple(p.detach() for p in parameters)
+
+    def plain(z: Tensor) -> Tensor:
+        return step(z, *fixed)
+
+    with torch.no_grad():
+        bound = None if modulus is None else norms(plain(found.x) - found.x) / modulus
+    return FixedPoint(
+        layout.state(x), found.status, found.residual, found.iterations, bound, residuals, curvatures, plain
+    )
 
 
 def unrolled(
     step: Callable[..., Tensor], layout: Layout, start: Tensor, parameters: tuple[Tensor, ...], solver: Solver,
-    adjoint: Unrolled | Checkpointed, tol: float, max_iterations: int, contraction: float | None,
+    adjoint: Unrolled | Checkpointed, tol: float, max_iterations: int, modulus: float | None,
 ) -> FixedPoint:  # fmt: skip
     """Plain iterations that autograd records; without a number of them, as many as the tolerance needs."""
     if not isinstance(solver, Picard) or solver.damping != 1:
@@ -159,7 +226,7 @@ def unrolled(
     status = Status.CONVERGED if bool((residual <= tol).all()) else Status.LIMIT
     iterations = torch.full((len(x),), count, device=x.device)
     found = Found(x.detach(), residual, iterations, status)
-    return report(step, layout, x, parameters, found, contraction, [])
+    return report(step, layout, x, parameters, found, modulus, [], [])
 
 
 def exported(

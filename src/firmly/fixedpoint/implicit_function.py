@@ -69,7 +69,10 @@ class Problem:
         elif kind == "dense":
             u = solve_dense(system, v)
         elif kind == "manifold":
-            raise SettingsError("Implicit('manifold') needs an algorithm with a prior: use firmly.implicit(algorithm)")
+            raise SettingsError(
+                "Implicit('manifold') needs to know the prior: use firmly.implicit(algorithm), or a "
+                "firmly.fixedpoint.ProximalGradient as the map of fixed_point"
+            )
         elif kind == "normal-cg":
             other = self.push if transposed else self.pull
             u = normal_cg(system, lambda w: w - other(x, parameters, w), v, tol)
