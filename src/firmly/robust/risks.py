@@ -11,15 +11,17 @@ from torch import Tensor
 from firmly.errors import SettingsError, ShapeError
 from firmly.robust.ambiguity import AmbiguitySet, Sense, WorstCase, masses_of
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
+from firmly.robust.label_wasserstein import Wasserstein
 
 Over = Literal["pixel", "image", "class", "annotator"] | Tensor
-Divergence = Literal["kl", "chi2", "cvar", "tv", "kl-penalty"] | AmbiguitySet
+Divergence = Literal["kl", "chi2", "cvar", "tv", "wasserstein", "kl-penalty"] | AmbiguitySet
 
 SETS: dict[str, type[AmbiguitySet]] = {
     "kl": KL,
     "chi2": Chi2,
     "cvar": CVaR,
     "tv": TotalVariation,
+    "wasserstein": Wasserstein,
     "kl-penalty": KLPenalty,
 }
 
@@ -45,7 +47,7 @@ def risk(
             (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor that
             broadcasts against the losses and says which group an entry belongs to: labels, annotators, pairs of them.
             Groups have equal nominal weights; groups without a valid entry do not exist.
-        divergence: "kl", "chi2", "cvar", "tv" or "kl-penalty", or a set such as `KL(0.1)`.
+        divergence: "kl", "chi2", "cvar", "tv", "wasserstein" (0/1 cost) or "kl-penalty", or a set such as `KL(0.1)`.
         radius: of the set, 0.1 if not given; the fraction for "cvar", the temperature for "kl-penalty". A tensor of
             one number may be learned.
         sense: "sup" is robust to shifts of the distribution, and up-weights what is mislabelled; "inf" is robust to
