@@ -7,14 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from firmly.errors import ConditionError, NotDiagonal, ShapeError
-from firmly.linear.basis import Basis, Dense, Fourier
-from firmly.linear.map import LinearMap
-from firmly.linear.memo import Memo
+from firmly.errors import ConditionError, ShapeError
+from firmly.linear.algebra import Identity, Scale, Sum
+from firmly.linear.basis import Basis
+from firmly.linear.blocks import Blocks
+from firmly.linear.convolution import Convolution
+from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.norms import EPS, exact_symbol, norm_of_blocks
 from firmly.linear.symbol import Symbol
 
-LARGEST_DENSE = 4096
+FEWEST_CHANNELS = 8  # from which on products of frequencies are faster than sums over the taps of four convolutions
+POWER_STEPS = 4
 
 
 class Monotone(LinearMap):
@@ -36,12 +39,20 @@ class Monotone(LinearMap):
         self.A = A
         self.B = B
         self.hold("margin", torch.tensor(float(margin), dtype=torch.float64))
+        self.blocks = Blocks(self)
+        self._by_frequency = self.domain[0] >= FEWEST_CHANNELS and all(
+            isinstance(part, Convolution) and part.padding == "circular" for part in (A, B) if part is not None
+        )
 
     def _apply_map(self, x: Tensor) -> Tensor:
+        if self._by_frequency:
+            return self.blocks(x)
         value = x - self.margin.to(x.dtype) * x - self.A.T(self.A(x))
         return value if self.B is None else value + self.B(x) - self.B.T(x)
 
     def _apply_adjoint(self, y: Tensor) -> Tensor:
+        if self._by_frequency:
+            return self.blocks(y, adjoint=True)
         value = y - self.margin.to(y.dtype) * y - self.A.T(self.A(y))
         return value if self.B is None else value + self.B.T(y) - self.B(y)
 
@@ -68,6 +79,8 @@ def monotonicity(loop: LinearMap) -> float:
     """
     if loop.domain != loop.codomain:
         raise ShapeError(f"a loop closes on its own domain, given {loop.domain} -> {loop.codomain}")
+    if isinstance(loop, Adjoint):
+        return monotonicity(loop.T)
     if isinstance(loop, Monotone):
         return float(loop.margin)
     symbol = exact_symbol(loop)
@@ -84,7 +97,7 @@ class LoopResolvent(LinearMap):
 
     Applied by the inverse matrix of every frequency where W is shift-invariant, else by the matrix for domains of at
     most 4096 entries; else it raises `NotDiagonal`. The inverse is kept while no gradients are recorded and W is
-    unchanged. Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
+    unchanged. `reflection` applies twice it minus the identity. Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
     """
 
     step: Tensor
@@ -93,53 +106,49 @@ class LoopResolvent(LinearMap):
         super().__init__(loop.domain, loop.codomain)
         self.loop = loop
         self.hold("step", step if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float64))
-        self._inverse: Memo[tuple[Basis, Tensor]] = Memo()
+        self.__dict__["reflection"] = Blocks(Sum(Scale(2.0, self), Scale(-1.0, Identity(loop.domain))))
+        self.blocks = Blocks(self)
 
     def _apply_map(self, x: Tensor) -> Tensor:
-        return self._by_blocks(x, adjoint=False)
+        return self.blocks(x)
 
     def _apply_adjoint(self, y: Tensor) -> Tensor:
-        return self._by_blocks(y, adjoint=True)
-
-    def _by_blocks(self, x: Tensor, adjoint: bool) -> Tensor:
-        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (*self.parameters(), *self.buffers()))
-        anew = learning or x.is_complex()
-        basis, inverse = self._blocks(x) if anew else self._inverse.get(self, lambda: self._blocks(x))
-        inverse = inverse.mH if adjoint else inverse
-        if not isinstance(basis, Fourier):
-            flat = x.flatten(1)
-            return (flat @ inverse[0].to(flat.dtype).mT).reshape(x.shape)
-        axes, spatial = tuple(range(2, x.dim())), self.domain[1:]
-        frequencies = torch.fft.fftn(x, dim=axes) if basis.full else torch.fft.rfftn(x, dim=axes)
-        inverse = inverse.expand(basis.blocks, -1, -1).to(frequencies.dtype)
-        product = torch.einsum("foi,bif->bof", inverse, frequencies.flatten(2)).reshape(frequencies.shape)
-        return torch.fft.ifftn(product, dim=axes) if basis.full else torch.fft.irfftn(product, s=spatial, dim=axes)
-
-    def _blocks(self, x: Tensor) -> tuple[Basis, Tensor]:
-        if self.domain[1:]:
-            fourier = Fourier(self.domain[1:], full=x.is_complex(), track=False, device=x.device)
-            try:
-                return fourier, self._symbol(fourier).value
-            except NotDiagonal:
-                pass
-        if math.prod(self.domain) > LARGEST_DENSE:
-            raise NotDiagonal(
-                f"no resolvent of {self.loop._get_name()} on {self.domain}: it is not shift-invariant and has over "
-                f"{LARGEST_DENSE} entries; use circular convolutions, or forward-backward splitting"
-            )
-        dense = Dense(track=False, device=x.device)
-        return dense, self._symbol(dense).value
+        return self.blocks(y, adjoint=True)
 
     def _symbol(self, basis: Basis) -> Symbol:
         eye = basis.identity(self.domain)
         return (eye + (eye + self.loop.symbol(basis).scale(-1.0)).scale(self.step)).inverse()
 
 
-def loop_resolvent(loop: LinearMap, step: float | Tensor) -> LoopResolvent:
-    """`LoopResolvent(loop, step)`, kept on the loop where the step is a number: algorithms ask for it in every step."""
+def loop_resolvent(loop: LinearMap, step: float | Tensor) -> LinearMap:
+    """`LoopResolvent(loop, step)`; the last with a number for its step is kept: algorithms ask for it in every step."""
+    if isinstance(loop, Adjoint):
+        return loop_resolvent(loop.T, step).T
     if isinstance(step, Tensor):
         return LoopResolvent(loop, step)
-    made = loop.__dict__.setdefault("_resolvents", {})
-    if step not in made:
-        made[step] = LoopResolvent(loop, step)
-    return made[step]
+    kept = loop.__dict__.get("_resolvent")
+    if kept is None or kept[0] != step:
+        kept = loop.__dict__["_resolvent"] = (step, LoopResolvent(loop, step))
+    return kept[1]
+
+
+@torch.no_grad()
+def balanced_step(loop: LinearMap, m: float | None = None) -> float:
+    """About 1 / sqrt(m L), the step of a resolvent of I - W that treats eigenvalues m and L = |I - W| alike.
+
+    L is estimated by power iteration from fixed vectors, and the step rounded to a power of sqrt(2): resolvents of any
+    step converge, and one that stays the same is not computed again. Source: Giselsson and Boyd, Linear convergence and
+    metric selection for Douglas-Rachford splitting, 2017 (step 1 / sqrt(m L)).
+    """
+    m = monotonicity(loop) if m is None else m
+    tensors = [t for t in (*loop.parameters(), *loop.buffers()) if t.is_floating_point()]
+    first = max(tensors, key=lambda t: t.numel())
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, *loop.domain, generator=generator).to(first.device, first.dtype)
+    size = 1.0
+    for _ in range(POWER_STEPS):
+        image = v - loop(v)
+        size = float(torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
+        v = image - loop.T(image)
+        v = v / torch.linalg.vector_norm(v)
+    return 2.0 ** (round(-math.log2(m * size)) / 2)

@@ -16,7 +16,7 @@ from firmly.fixedpoint.solve import Solution, solve
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
-from firmly.linear.monotone import Monotone, monotonicity
+from firmly.linear.monotone import Monotone, balanced_step, monotonicity
 from firmly.prox.box import NonNegative
 from firmly.prox.prior import Prior
 
@@ -29,8 +29,8 @@ class MonotoneLayer(nn.Module):
     activation is the prox of a convex prior with unit step: `NonNegative` is a ReLU, `L1` a soft threshold, `Box` a
     clipped linear unit. The solution moves by at most |U| / margin times x; `certify` proves more.
 
-    `splitting` is the iteration that finds z, with its step size as `step_size` (None: 1 for Peaceman-Rachford, which
-    converges for any; margin / |I - W|^2 for forward-backward). `forward` raises `NotConverged` where it does not reach
+    `splitting` is the iteration that finds z, with its step size as `step_size` (None: `balanced_step` for Peaceman-
+    Rachford, which converges for any; margin / |I - W|^2 for forward-backward). `forward` raises `NotConverged` where it does not reach
     the tolerance `tol`; `solve(x)` returns how far it came. Raises `SettingsError`, and `ConditionError` for priors
     that are not convex.
     Source: Winston and Kolter, Monotone operator equilibrium networks, NeurIPS 2020.
@@ -77,7 +77,8 @@ class MonotoneLayer(nn.Module):
         """The iteration, with the weights as they are now."""
         if self.splitting == "forward-backward":
             return EquilibriumForwardBackward(self.loop, self.prior, self.step_size)
-        return PeacemanRachford(self.loop, self.prior, 1.0 if self.step_size is None else self.step_size)
+        step = balanced_step(self.loop) if self.step_size is None else self.step_size
+        return PeacemanRachford(self.loop, self.prior, step)
 
     @torch.no_grad()
     def solve(self, x: Tensor) -> Solution:
