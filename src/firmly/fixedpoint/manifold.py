@@ -7,8 +7,9 @@ along its active manifold,
     (I - J)^T u = v:    u = v + (I - t H) w,     t P (G + H) P w = P v,
     (I - J) x = b:      x = b + w,               t P (G + H) P w = P (I - t H) b,
 
-by conjugate gradients from zero: the minimum-norm w where active columns are linearly dependent. What this leaves as
-residual is at most that of the conjugate gradients. Derived in docs/fixed_points.md.
+by the eigenvalues of the system where images are small, else by conjugate gradients from zero: both give the
+minimum-norm w where active columns are linearly dependent. What this leaves as residual is at most that of the small
+system. Derived in docs/fixed_points.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from firmly.fixedpoint.state import norms
 from firmly.prox.manifold import Manifold
 from firmly.prox.prior import Prior, Zero
 
+DENSE = 128  # entries of an image whose system is written out ...
+ENTRIES = 2**20  # ... if all systems of a batch have at most so many
 PROBE = 30  # Lanczos steps for the smallest curvature
+FLAT = 1000  # units of rounding: a smaller eigenvalue, relative to the largest, is taken for zero
 LONGEST = 5000  # steps of conjugate gradients, beyond which rounding has taken over
 
 Operator = Callable[[Tensor], Tensor]
@@ -39,8 +43,9 @@ Operator = Callable[[Tensor], Tensor]
 class ManifoldSolver:
     """The linear solver of `Implicit("manifold")` for a forward-backward algorithm with tensors of these names.
 
-    `least_curvatures` grows by one number a solve: the smallest Ritz value of P (G + H) P over its largest, from 30
-    Lanczos steps. It is never below the true ratio: one at the level of rounding says that the solution is not unique.
+    `least_curvatures` grows by one number a solve: the smallest eigenvalue of P (G + H) P on the tangent space over its
+    largest, or, where images are large, the same of Ritz values from 30 Lanczos steps, which is never below the true
+    ratio. One at the level of rounding says that the solution is not unique.
     """
 
     def __init__(self, algorithm: Algorithm, names: Sequence[str]):
@@ -71,8 +76,12 @@ class ManifoldSolver:
             first = first + copies.sum(1)
         goal = 0.5 * tol * norms(first)
         right = flat.project(first if transposed else first - flat.curvature(first))
-        w = conjugate_gradients(flat.reduced, right, goal)
-        self.least_curvatures.append(least_curvature(flat.reduced, flat.project, right))
+        if count <= DENSE and right.numel() * count <= ENTRIES:
+            w, curvature = solve_dense(flat.reduced, flat.project, right)
+        else:
+            w = conjugate_gradients(flat.reduced, right, goal)
+            curvature = least_curvature(flat.reduced, flat.project, right)
+        self.least_curvatures.append(curvature)
         if transposed:
             return torch.cat([first + w - flat.curvature(w), copies.flatten(1)], 1)
         return torch.cat([first + w, (copies + (first + w)[:, None]).flatten(1)], 1)
@@ -141,6 +150,22 @@ class Tangent(nn.Module):
         if manifold is None:
             raise SettingsError(f"{type(prior).__name__} does not know its manifold here: take Implicit('gmres')")
         return t, manifold
+
+
+def solve_dense(apply: Operator, project: Operator, right: Tensor) -> tuple[Tensor, float]:
+    """The least w with apply(w) = right (batch, n) on the tangent space, for a symmetric positive semidefinite `apply`,
+    and its least eigenvalue there over its largest, the least of the batch."""
+    units = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)[:, None].expand(-1, *right.shape)
+    systems = torch.func.vmap(lambda v: apply(project(v)))(units).movedim(0, 2)
+    values, vectors = torch.linalg.eigh((systems + systems.mT) / 2)
+    tangent = torch.func.vmap(project)(units).diagonal(dim1=0, dim2=2).sum(1).round().long()  # the trace of P
+    largest = values[:, -1:].clamp(min=torch.finfo(right.dtype).tiny)
+    coordinates = (vectors.mT @ right[:, :, None])[:, :, 0]
+    bent = values > FLAT * torch.finfo(right.dtype).eps * largest
+    w = (vectors @ (coordinates * torch.where(bent, 1 / torch.where(bent, values, 1), 0))[:, :, None])[:, :, 0]
+    first = values.gather(1, (right.shape[1] - tangent).clamp(max=right.shape[1] - 1)[:, None])
+    ratio = torch.where(tangent[:, None] > 0, first.clamp(min=0) / largest, 1)
+    return w, float(ratio.min())
 
 
 def conjugate_gradients(apply: Operator, right: Tensor, goal: Tensor) -> Tensor:
