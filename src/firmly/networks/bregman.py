@@ -14,8 +14,11 @@ from firmly.errors import ConditionError, SettingsError, ShapeError
 from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
+from firmly.networks.bregman_inverse import inverse
 from firmly.networks.bregman_invertible import Residual
+from firmly.networks.bregman_log_det import log_det
 from firmly.networks.bregman_skip import BregmanMean
+from firmly.networks.bregman_weights import invertible_weight
 from firmly.prox.legendre import Legendre, legendre
 from firmly.prox.row_stochastic import RowStochastic
 
@@ -119,7 +122,9 @@ class BregmaNet(nn.Module):
         self.inputs = {"data": (widths[0], *spatial)}
         scale = 1 / math.sqrt(len(widths) - 1)  # so that the sum of all layers keeps its size at any depth
         self.layers = nn.ModuleList(
-            bregman_layer(self.activation, n, m, tuple(spatial), kernel_size, scale)
+            invertible_layer(self.activation, n, tuple(spatial), kernel_size)
+            if invertible
+            else bregman_layer(self.activation, n, m, tuple(spatial), kernel_size, scale)
             for n, m in itertools.pairwise(widths)
         )
 
@@ -128,6 +133,33 @@ class BregmaNet(nn.Module):
         for layer in self.layers:
             u = layer(u)
         return u if self.form == "dual" else self.activation(u)
+
+    def inverse(self, output: Tensor) -> Tensor:
+        """The one input with this output, both in the coordinates of `form`, layer by layer with Newton's method.
+
+        Where rho is saturated a primal output has lost the digits of its input: invert in dual coordinates then.
+        Raises `ConditionError` if a layer is not proved to be invertible, `NotConverged` where Newton's method ends
+        above its tolerance, and `DataError` for an output outside the domain of rho.
+        """
+        u = output if self.form == "dual" else self.activation.inverse(output)
+        for layer in reversed(self.layers):
+            u = inverse(layer, u)
+        return self.activation(u) if self.form == "primal" else u
+
+    def log_det(self, data: Tensor) -> Tensor:
+        """log |det| of the Jacobian at every element of a batch, (batch,), in the coordinates of `form`.
+
+        Exact; raises `ConditionError` as `inverse`, and `NotDiagonal` for layers too large for a factorisation.
+        """
+        u = self.activation.inverse(data) if self.form == "primal" else data
+        total = -self._log_slopes(u) if self.form == "primal" else torch.zeros_like(u.flatten(1)[:, 0])
+        for layer in self.layers:
+            total = total + log_det(layer, u)
+            u = layer(u)
+        return total if self.form == "dual" else total + self._log_slopes(u)
+
+    def _log_slopes(self, u: Tensor) -> Tensor:
+        return self.activation.log_derivative(u).flatten(1).sum(1)
 
 
 def widths_of(features: int | Sequence[int], depth: int | None) -> tuple[int, ...]:
@@ -151,4 +183,14 @@ def bregman_layer(
     weight = nn.Parameter(torch.randn(size) * scale / math.sqrt(math.prod(size[1:])))
     linear = Convolution(weight, (inputs, *spatial), "zero") if spatial else Dense(weight)
     skip = None if inputs == outputs else BregmanMean(activation, RowStochastic(inputs, outputs, spatial))
-    return BregmanLayer(linear, activation, nn.Parameter(torch.zeros(outputs, *[1] * len(spatial))), skip)
+    return BregmanLayer(linear, activation, zero_bias(outputs, spatial), skip)
+
+
+def invertible_layer(activation: Legendre, width: int, spatial: tuple[int, ...], kernel_size: int) -> BregmanLayer:
+    """A layer that stays invertible whatever it learns."""
+    linear = invertible_weight((width, *spatial), activation.lipschitz, kernel_size=kernel_size)
+    return BregmanLayer(linear, activation, zero_bias(width, spatial))
+
+
+def zero_bias(channels: int, spatial: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(channels, *[1] * len(spatial)))
