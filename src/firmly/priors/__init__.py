@@ -3,6 +3,7 @@
 from firmly.priors.alternating import Alternating, Unrolled
 from firmly.priors.analysis_operator import AnalysisOperator, TightFrame, UnitRows
 from firmly.priors.duality import Gap, duality_gap
+from firmly.priors.hypergradient import implicit_lasso
 from firmly.priors.k_svd import KSvd, Mod
 from firmly.priors.lasso import SparseCode, SparseCodingStatus, lasso
 from firmly.priors.learning import Learned, learn_dictionary, learn_from_stream
@@ -40,6 +41,7 @@ __all__ = [
     "UnitRows",
     "Unrolled",
     "duality_gap",
+    "implicit_lasso",
     "lasso",
     "lasso_path",
     "learn_dictionary",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from firmly.algorithms.forward_backward import ForwardBackward
 from firmly.errors import NotConverged, SettingsError
 from firmly.fixedpoint.adjoints import Implicit
-from firmly.fixedpoint.layer import implicit
+from firmly.fixedpoint.fixed_point import fixed_point
+from firmly.fixedpoint.proximal_gradient import ProximalGradient
 from firmly.fixedpoint.solvers import Anderson
 from firmly.linear.dense import Dense
 from firmly.priors.duality import gap_at
@@ -23,7 +23,7 @@ from firmly.prox.elastic_net import ElasticNet
 from firmly.prox.mixed_norm import MixedNorm
 
 FINE = 50  # units of rounding: the relative duality gap that is asked of the solver
-LIMIT = 100_000  # iterations
+POLISH = 1000  # iterations on the small problem, whose start is a solution already
 
 
 def implicit_lasso(
@@ -39,10 +39,10 @@ def implicit_lasso(
         |D_g' r| + |D_g| sqrt(2 G) < weight_g
 
     is zero at the solution (as |D z - D z*|^2 <= 2 G) and stays so nearby. The others make a small problem that is
-    handed to `implicit` with `Implicit("manifold")` and the solution found as start: the relative residual of its
-    fixed point (`tol`, None: eps^(3/4)) and of every linear system is measured, derivatives may be taken again, forward
-    or backward, and what is refused there is refused here (`NotConverged`). The time of a derivative, and its memory,
-    depend on the number of active atoms and not on n or on the iterations of the solver.
+    handed to `fixed_point` with the solution found as start: the relative residual of its proximal gradient step
+    (`tol`, None: eps^(3/4)) and of every linear system, on its active manifold, is measured. What is refused there is
+    refused here (`NotConverged`). Derivatives may be taken again, forward or backward; their time and memory depend on
+    the number of active atoms, and not on n or on the iterations of the solver.
     Sources: Ndiaye et al., Gap safe screening rules for sparsity enforcing penalties, 2017 (the test); Bertrand et al.,
     Implicit differentiation for fast hyperparameter selection in non-smooth convex learning, 2022 (the restriction).
     """
@@ -55,28 +55,41 @@ def implicit_lasso(
     with torch.no_grad():
         penalty = Penalty(weight, float(curvature), group)
         eps = torch.finfo(y.dtype).eps
-        code = lasso(D, y, penalty, FINE * eps, max_iterations=LIMIT).code
-        groups = undecided(Problem.of(D, y, penalty), code)
+        code = lasso(D, y, penalty, FINE * eps).code
+        exact = Problem(Dense(D.double()), y.double(), penalty.on(y, D.shape[1]))
+        groups = undecided(exact, code)
     inside = (groups[:, None] * group + torch.arange(group, device=y.device)).flatten()
     A, start = D.index_select(1, inside), code[:, inside]
     weights = weight if weight.dim() == 0 or weight.shape[-1] == 1 else weight.index_select(-1, groups)
-    prior = ElasticNet(weights, curvature) if group == 1 else MixedNorm(weights, group)
-    row = (lambda t: t) if group == 1 else (lambda t: t[:, None])  # a mixed norm takes (batch, time, sources)
-    algorithm = ForwardBackward(Dense(A, copies=None if group == 1 else 1), prior)
-    found = implicit(algorithm, Implicit("manifold"), Anderson(10), tol, LIMIT).solve(row(y), row(start))
+    step_size = Dense(A.detach()).norm().upper ** -2
+    if group == 1:
+        T = ProximalGradient(slope, lambda A, y, w, c: ElasticNet(w, c), step_size)
+    else:  # a mixed norm takes (batch, time, sources)
+        T = ProximalGradient(slope, lambda A, y, w, c: MixedNorm(w, group), step_size)
+        start, y = start[:, None], y[:, None]
+    found = fixed_point(
+        T, start, A, y, weights, curvature, solver=Anderson(10), adjoint=Implicit("manifold"), tol=tol,
+        max_iterations=POLISH,
+    )  # fmt: skip
     if not found.converged:
         raise NotConverged(
             f"the sparse code was not reached: {found.status} (largest residual {float(found.residual.max()):.3g}): "
             "raise tol, or pass float64 data"
         )
-    return torch.zeros_like(code).index_copy(1, inside, found.state.x.flatten(1))
+    return torch.zeros_like(code).index_copy(1, inside, found.state.flatten(1))
+
+
+def slope(z: Tensor, D: Tensor, y: Tensor, *penalty: Tensor) -> Tensor:
+    """D'(D z - y)."""
+    return (z @ D.mT - y) @ D
 
 
 def undecided(problem: Problem, z: Tensor) -> Tensor:
     """The groups of which the duality gap of z (batch, n) does not prove that they vanish in all solutions of the
     batch, at least one: indices."""
     z, penalty, weight = z.double(), problem.penalty, problem.D.matrix()
-    r = problem.residual(z)
+    used = z.any(0).nonzero()[:, 0]
+    r = problem.y - z[:, used] @ weight[:, used].mT
     c = problem.correlate(r)
     objective, gap = gap_at(penalty, z, r, c)
     eps = torch.finfo(r.dtype).eps
@@ -84,7 +97,8 @@ def undecided(problem: Problem, z: Tensor) -> Tensor:
     margin = penalty.weight - penalty.norms(c)
     reach = margin / radius[:, None].clamp(min=torch.finfo(r.dtype).tiny)
     reach = reach.amin(0)  # groups of a smaller norm vanish
-    near = (reach <= torch.linalg.vector_norm(weight)).nonzero()[:, 0]
+    every = weight.reshape(-1)  # no group is larger than all of them together
+    near = (reach <= torch.dot(every, every).sqrt()).nonzero()[:, 0]
     sizes = torch.linalg.vector_norm(weight.unflatten(1, (-1, penalty.group))[:, near], dim=(0, 2))
     kept = near[reach[near] <= sizes]
     return kept if len(kept) else reach.argmin()[None]
