@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firmly.errors import ConditionError, DataError, SettingsError, ShapeError
@@ -18,7 +16,6 @@ from firmly.linear.map import LinearMap
 from firmly.linear.symbol import Symbol
 from firmly.networks.bregman_inverse import inverse
 from firmly.networks.bregman_invertible import Invertibility, Residual, invertibility
-from firmly.networks.bregman_log_det import log_det_of
 from firmly.prox.legendre import Legendre, legendre
 
 LayerCondition = Literal["one-sided", "contraction"]
@@ -47,8 +44,8 @@ class WideBregmanLayer(nn.Module):
         super().__init__()
         if min(features, width) < 1 or condition not in get_args(LayerCondition):
             raise SettingsError(
-                f"features and width are at least 1, the condition one of {get_args(LayerCondition)}; given {features}, "
-                f"{width}, {condition!r}"
+                f"features and width are at least 1, the condition one of {get_args(LayerCondition)}; given "
+                f"{features}, {width}, {condition!r}"
             )
         self.activation = legendre(activation) if isinstance(activation, str) else activation
         if not (0 < margin < 1 and math.isfinite(self.activation.lipschitz)):

@@ -154,16 +154,17 @@ def newton(residual: Residual, v: Tensor, max_iterations: int) -> Tensor:
     if bool(bad.any()):
         raise NotConverged(
             f"the inverse was not reached for {int(bad.sum())} of {len(v)} elements: |F(u) - v| is up to "
-            f"{float((size / magnitude)[bad].max()):.3g} (|v| + |u|), the tolerance is {eps**0.75:.3g}; a larger margin, "
-            "float64 or more iterations help"
+            f"{float((size / magnitude)[bad].max()):.3g} (|v| + |u|), the tolerance is {eps**0.75:.3g}; a larger "
+            "margin, float64 or more iterations help"
         )
     return u
 
 
 def directions(residual: Residual, small: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """(u, r) -> the solution d of (Id + V diag(rho') K) d = r."""
-    if small:
-        return lambda u, r: torch.linalg.solve(jacobian(residual, u), r.flatten(1)[:, :, None])[:, :, 0].reshape(r.shape)
+
+    def by_matrix(u: Tensor, r: Tensor) -> Tensor:
+        return torch.linalg.solve(jacobian(residual, u), r.flatten(1)[:, :, None])[:, :, 0].reshape(r.shape)
 
     def by_gmres(u: Tensor, r: Tensor) -> Tensor:
         slopes = residual.slopes(u)
@@ -173,7 +174,7 @@ def directions(residual: Residual, small: bool) -> Callable[[Tensor, Tensor], Te
 
         return gmres(apply, r, 100 * torch.finfo(r.dtype).eps)[0]
 
-    return by_gmres
+    return by_matrix if small else by_gmres
 
 
 # -- symbols -------------------------------------------------------------------------------------------------------

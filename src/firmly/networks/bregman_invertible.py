@@ -126,7 +126,6 @@ def _prove(residual: Residual) -> Invertibility:
         )
     if not all(bool(torch.isfinite(t).all()) for t in residual.state_dict().values() if isinstance(t, Tensor)):
         raise ConditionError("the layer has weights that are NaN or infinite, and no inverse")
-    # the true constant of the activation may be a rounding above L
     V, K = residual.outer.norm().upper, 1.0 if residual.inner is None else residual.inner.norm().upper
     gain = V * K * L * (1 + SLACK)
     square = residual.product()
@@ -140,7 +139,6 @@ def _prove(residual: Residual) -> Invertibility:
         scale = diagonal_scaling(torch.eye(square.domain[0], dtype=torch.float64) + L * square.matrix().cpu())
         if scale is not None and (found := proved_margin(Rescaled(square, scale, scale), L)) > 0:
             condition, stretch, margin = "diagonal", float(scale.max() / scale.min()), found
-    margin -= SLACK * gain * stretch
     if not margin > 0:
         raise ConditionError(
             f"the layer is not proved to be invertible: lam_min(sym W) > -1/L = {-1 / L:.6g} is condition (b), and all "
@@ -157,13 +155,12 @@ def _prove(residual: Residual) -> Invertibility:
 
 
 def proved_margin(square: LinearMap, L: float) -> float:
-    """A proved m with <(I + L W) h, h> >= m |h|^2, negative if none is found."""
+    """A proved m with <(I + L W) h, h> >= m |h|^2, also if L is off by a rounding; negative if none is found."""
     if isinstance(square, Scale) and isinstance(square.of, Monotone):
         # W = factor M with factor close to -1/L, so I + L W = (I - M) + (1 + L factor) M
-        off = abs(1 + L * float(square.factor)) + SLACK
+        off = abs(1 + L * float(square.factor)) + 2 * SLACK
         return float(square.of.margin) - off * square.of.norm().upper * (1 + SLACK)
     try:
-        return monotonicity(Scale(-L, square)) * (1 - SLACK)
+        return monotonicity(Scale(-L, square)) - 2 * SLACK * L * square.norm().upper
     except NotCertifiable:
         return -math.inf
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ LARGEST_MATRIX = 1024  # rows of determinants that are factorised
 def log_det(layer: nn.Module, u: Tensor) -> Tensor:
     """log det(Id + V diag(rho'(K u + c)) K), (batch,), exact; u is (batch, *shape), in dual coordinates.
 
-    Triangular weights need a sum only. The determinant of a product around a circle is the same wherever the circle is cut (Sylvester): it is formed where
-    it is narrowest, which is the rank of `V` and `K` as they are composed. Matrices of up to 1024 rows are factorised;
-    convolutions beyond that are treated frequency by frequency where the slopes of every channel are constant over the
-    pixels, which is where they are diagonal there. Others raise `NotDiagonal`: `estimate_log_det` is for them. Gradients
-    reach u and all weights. Raises `ConditionError` for layers that are not proved to be invertible, under which the
-    determinant is positive. In primal coordinates add sum log rho'(u+) - sum log rho'(u).
+    Triangular weights need a sum only. The determinant of a product around a circle is the same wherever the circle is
+    cut (Sylvester): it is formed where it is narrowest, which is the rank of V and K as they are composed. Matrices of
+    up to 1024 rows are factorised. Convolutions beyond that are treated frequency by frequency where the slopes of
+    every channel are constant over the pixels, since only there the product is diagonal. Others raise `NotDiagonal`:
+    `estimate_log_det` is for them.
+
+    Gradients reach u and all weights. Raises `ConditionError` for layers that are not proved to be invertible; of those
+    that are, the determinant is positive. In primal coordinates add sum log rho'(u+) - sum log rho'(u).
     Source: docs/theory/bregman; van den Berg et al., Sylvester normalizing flows, 2018 (low rank).
     """
     invertibility(layer)
@@ -92,9 +95,7 @@ class LogDet(NamedTuple):
     standard_error: Tensor
 
 
-def estimate_log_det(
-    layer: nn.Module, u: Tensor, probes: int = 16, generator: torch.Generator | None = None
-) -> LogDet:
+def estimate_log_det(layer: nn.Module, u: Tensor, probes: int = 16, generator: torch.Generator | None = None) -> LogDet:
     """An estimate of `log_det(layer, u)` without a matrix, unbiased up to the tolerance of its linear solves.
 
     log det(Id + G) = int_0^1 tr((Id + t G)^-1 G) dt for G = V diag(rho') K, because a layer that satisfies a condition
@@ -108,34 +109,26 @@ def estimate_log_det(
         raise SettingsError(f"a standard error needs at least 2 probes, given {probes}")
     invertibility(layer)
     residual = residual_of(layer)
-    slopes = residual.slopes(u)
-
-    def G(e: Tensor) -> Tensor:
-        return residual.outer(slopes * (e if residual.inner is None else residual.inner(e)))
-
-    def transposed(e: Tensor) -> Tensor:
-        back = slopes * residual.outer.T(e)
-        return back if residual.inner is None else residual.inner.T(back)
-
-    wanted = torch.is_grad_enabled() and (slopes.requires_grad or any(p.requires_grad for p in residual.parameters()))
-    found = []
-    for k in range(probes):
-        e = random_signs(u, generator)
-        t = (k + torch.rand((), generator=generator, dtype=u.dtype, device=draw_device(u, generator)).to(u)) / probes
-        image = G(e)
+    G, transposed, signs = probed(residual, u, probes, generator)
+    where = torch.rand(probes, generator=generator, dtype=u.dtype, device=signs.device)
+    t = ((torch.arange(probes, device=signs.device) + where) / probes).to(u).repeat_interleave(len(u))
+    t = t.reshape(-1, *[1] * (u.dim() - 1))
+    e = signs.to(u)
+    image = G(e)
+    with torch.no_grad():
+        value = (e * solve(lambda x: x + t * G(x), image.detach())).flatten(1).sum(1)
+    if image.requires_grad:
         with torch.no_grad():
-            value = (e * solve(lambda x, t=t: x + t * G(x), image.detach())).flatten(1).sum(1)
-            a = solve(lambda x: x + transposed(x), e) if wanted else e
+            a = solve(lambda x: x + transposed(x), e)
         gradient = (a * image).flatten(1).sum(1)
-        found.append(value + gradient - gradient.detach())
-    each = torch.stack(found)
-    return LogDet(each.mean(0), (each.detach().var(0) / probes).sqrt())
+        value = value + gradient - gradient.detach()
+    return summary(value, probes)
 
 
 def series_log_det(
     layer: nn.Module, u: Tensor, probes: int = 16, terms: int = 4, generator: torch.Generator | None = None
 ) -> LogDet:
-    """The residual-flow estimate: sum_k (-1)^(k+1) tr(G^k) / k with a Russian roulette, unbiased, for contractions only.
+    """The estimate of residual flows: sum_k (-1)^(k+1) tr(G^k) / k with a Russian roulette, unbiased, for contractions.
 
     The first `terms` are always taken; later ones with probability 1/2 each and weights that undo it. Raises
     `ConditionError` unless |V| |K| L < 1. Source: Chen et al., Residual flows, NeurIPS 2019, equation 6.
@@ -147,23 +140,48 @@ def series_log_det(
             "the power series of log det(Id + G) converges for contractions, |V| |K| L < 1, which is not proved here; "
             "use estimate_log_det, which has no such condition"
         )
-    residual = residual_of(layer)
-    slopes = residual.slopes(u)
-    found = []
-    for _ in range(probes):
-        extra = int(torch.empty((), device=draw_device(u, generator)).geometric_(0.5, generator=generator)) - 1
-        e = power = random_signs(u, generator)
-        total, weight = u.new_zeros(len(u)), 1.0
-        for k in range(1, terms + extra + 1):
-            power = residual.outer(slopes * (power if residual.inner is None else residual.inner(power)))
-            weight = weight if k <= terms else 2 * weight  # 1 / probability of coming here
-            total = total + (-1) ** (k + 1) * weight / k * (e * power).flatten(1).sum(1)
-        found.append(total)
-    each = torch.stack(found)
+    G, _, signs = probed(residual_of(layer), u, probes, generator)
+    # geometric, by inversion: P(extra >= j) = 2^-j
+    draw = torch.rand(probes, generator=generator, dtype=torch.float64, device=signs.device)
+    extra = torch.floor(-torch.log2(1 - draw)).to(u).repeat_interleave(len(u))
+    e = power = signs.to(u)
+    total = torch.zeros_like(extra)
+    for k in range(1, terms + int(extra.max()) + 1):
+        power = G(power)
+        weight = torch.where(extra >= k - terms, 2.0 ** max(k - terms, 0), 0.0)  # 1 / probability of coming here
+        total = total + (-1) ** (k + 1) / k * weight * (e * power).flatten(1).sum(1)
+    return summary(total, probes)
+
+
+Apply = Callable[[Tensor], Tensor]
+
+
+def probed(
+    residual: Residual, u: Tensor, probes: int, generator: torch.Generator | None
+) -> tuple[Apply, Apply, Tensor]:
+    """G = V diag(rho') K and its adjoint on `probes` copies of the batch, and random signs of that shape."""
+    slopes = residual.slopes(u).repeat(probes, *[1] * (u.dim() - 1))
+    outer, inner = residual.outer, residual.inner
+
+    def G(e: Tensor) -> Tensor:
+        return outer(slopes * (e if inner is None else inner(e)))
+
+    def transposed(e: Tensor) -> Tensor:
+        back = slopes * outer.T(e)
+        return back if inner is None else inner.T(back)
+
+    device = u.device if generator is None else generator.device
+    signs = 2 * torch.randint(0, 2, (probes * len(u), *u.shape[1:]), generator=generator, device=device) - 1
+    return G, transposed, signs
+
+
+def summary(values: Tensor, probes: int) -> LogDet:
+    """Mean and standard error over the probes of values (probes * batch,)."""
+    each = values.reshape(probes, -1)
     return LogDet(each.mean(0), (each.detach().var(0) / probes).sqrt())
 
 
-def solve(apply, right: Tensor) -> Tensor:
+def solve(apply: Apply, right: Tensor) -> Tensor:
     tol = torch.finfo(right.dtype).eps ** 0.75
     x, residual = gmres(apply, right, tol)
     if not residual <= 10 * tol:
@@ -172,12 +190,3 @@ def solve(apply, right: Tensor) -> Tensor:
             f"{10 * tol:.3g}; a larger margin or float64 helps"
         )
     return x
-
-
-def random_signs(u: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = draw_device(u, generator)
-    return (2 * torch.randint(0, 2, u.shape, generator=generator, device=device) - 1).to(u)
-
-
-def draw_device(u: Tensor, generator: torch.Generator | None) -> torch.device:
-    return u.device if generator is None else generator.device

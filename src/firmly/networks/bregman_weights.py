@@ -37,7 +37,7 @@ def invertible_weight(
     an L that is not positive and finite.
     Source: Winston and Kolter, Monotone operator equilibrium networks, NeurIPS 2020 (the algebra).
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = [shape] if isinstance(shape, int) else list(shape)
     if not (0 < margin <= 1 and 0 < lipschitz < math.inf):
         raise ConditionError(
             f"margin lies in (0, 1] and L is positive and finite, given margin {margin} and L = {lipschitz}"
