@@ -10,6 +10,7 @@ import torch
 import firmly as fm
 from firmly.errors import ConditionError, DataError, NotConverged, SettingsError
 from firmly.fixedpoint import Anderson, Ending, Implicit, bilevel, implicit
+from firmly.fixedpoint.descent import least_combination
 from firmly.prox import L1
 
 
@@ -93,6 +94,84 @@ def test_a_quadratic_in_the_logarithm_and_bounds():
     torch.testing.assert_close(found.parameters, torch.full((2,), 2.0, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_a_kink_is_where_a_search_may_end():
+    """The minimum of max(u, -3 u, ...) in logarithms, where no gradient is small."""
+
+    def outer(x, p):
+        u = p.log() - 0.3
+        return 1 + torch.maximum(u.sum(), -3 * u.sum()) + (u[0] - u[1]).abs() + 0 * x.sum()
+
+    found = bilevel(lambda p, start, tol: p[None], outer, torch.tensor([3.0, 0.2], dtype=torch.float64))
+    assert found.status is Ending.KINK and found.converged
+    assert found.objective == pytest.approx(1, abs=1e-3)
+    assert min(t.gradient.abs().max() for t in found.history) > 0.5
+
+
+def test_a_nonsmooth_valley():
+    """|x2 - x1^2| + (1 - x1)^2 / 4 bends, and gradients along its valley say nothing: kinks do not stop the search."""
+    outer = lambda x, p: 1 + (x[1] - x[0] ** 2).abs() + 0.25 * (1 - x[0]) ** 2  # noqa: E731
+    start = torch.tensor([-1.0, 1.5], dtype=torch.float64)
+    found = bilevel(lambda p, start, tol: p, outer, start, max_solves=150, mapped=lambda p: 1.0 * p)
+    assert found.objective < 1.001
+    torch.testing.assert_close(found.parameters, torch.ones(2, dtype=torch.float64), rtol=0, atol=0.05)
+
+
+def test_the_least_convex_combination_of_gradients():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 3), (2, 5), (5, 3), (12, 6)):
+        vectors = torch.randn(rows, columns, generator=generator, dtype=torch.float64) + 0.7
+        least = least_combination(vectors)
+        # <v, least> >= |least|^2 for all v characterises it
+        assert float((vectors @ least).min()) >= float(least @ least) - 1e-6
+
+
+def test_weights_as_a_function_of_features():
+    """weight_j = exp(a + b' z_j): parameters of any sign, in a dictionary."""
+    problem = Selection(4)
+    informed = torch.zeros(120, 1, dtype=torch.float64)
+    informed[10:] = 1  # the first ten are said to be different, not how
+    first = {"level": number(math.log(problem.largest / 10)), "slopes": [number([0.0])]}
+    found = bilevel(
+        problem.inner,
+        problem.outer,
+        first,
+        max_solves=20,
+        mapped=lambda q: (q["level"] + informed @ q["slopes"][0]).exp(),
+    )
+    assert found.parameters.keys() == first.keys() and float(found.parameters["slopes"][0]) > 0.3
+    assert found.objective < 0.9 * found.history[0].objective
+    trial = found.history[3]  # the chain rule, against central differences
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight = (trial.parameters["level"] + informed @ (trial.parameters["slopes"][0] + sign * 1e-5)).exp()
+            values.append(float(problem.outer(problem.inner(weight, None, 1e-12), None)))
+    assert float(trial.gradient["slopes"][0]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+def test_bounds_of_mapped_parameters():
+    found = bilevel(
+        lambda p, start, tol: p, lambda x, p: (x + 3).square(), number(0.0), (-1.0, 2.0), mapped=lambda q: 1.0 * q
+    )
+    assert found.status is Ending.BRACKETED and float(found.parameters) == pytest.approx(-1, abs=0.05)
+
+
+def test_inner_tolerances_are_summable_and_gradients_become_as_accurate():
+    """The error of a gradient falls with its inner tolerance: the tolerances bound all errors together."""
+    problem = Selection(3)
+    weight = torch.full((120,), problem.largest / 10, dtype=torch.float64)
+    found = bilevel(problem.inner, problem.outer, weight, max_solves=10)
+    tolerances = [trial.tol for trial in found.history]
+    assert sum(tolerances) < 1.34 * tolerances[0] and tolerances[0] == 1e-5
+    errors = []
+    for trial in found.history:
+        p = trial.parameters.clone().requires_grad_()
+        (g,) = torch.autograd.grad(problem.outer(problem.inner(p, None, 1e-13), p), p)
+        errors.append(float((trial.gradient - g * p.detach()).norm() / (g * p.detach()).norm()))
+    assert all(error <= 1e4 * tol for error, tol in zip(errors, tolerances)), list(zip(errors, tolerances))
+    assert errors[-1] < 1e-6
+
+
 def test_a_weight_above_the_largest_useful_one_is_said_to_be_flat():
     problem = Selection(0)
     found = bilevel(problem.inner, problem.outer, number(1.1 * problem.largest))
@@ -129,10 +208,16 @@ def test_what_is_refused():
         bilevel(inner, outer, p, bounds=(2.0, 1.0))
     with pytest.raises(ConditionError, match="within the bounds"):
         bilevel(inner, outer, p, bounds=(1.5, 3.0))
+    with pytest.raises(ConditionError, match="0 < low"):
+        bilevel(inner, outer, p, bounds=(-1.0, 3.0))
+    with pytest.raises(ConditionError, match="finite"):
+        bilevel(inner, outer, p / 0, mapped=lambda q: q.exp())
+    with pytest.raises(SettingsError, match="floating-point"):
+        bilevel(inner, outer, {"a": p, "b": 1.0})
     with pytest.raises(SettingsError, match="differentiable"):
         bilevel(lambda p, start, tol: p.detach(), outer, p)
-    with pytest.raises(SettingsError, match="tuple of tensors"):
-        bilevel(lambda p, start, tol: [p], lambda x, p: x[0].sum(), p)
+    with pytest.raises(SettingsError, match="returns tensors"):
+        bilevel(lambda p, start, tol: "p", lambda x, p: p.sum(), p)
     with pytest.raises(SettingsError, match=r"number \[1\]"):
         bilevel(lambda p, start, tol: p[0][None], lambda x, p: x.sum(), (p, p))
     with pytest.raises(SettingsError, match="one number"):
