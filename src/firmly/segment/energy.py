@@ -67,6 +67,10 @@ class EntropicTV(nn.Module):
         entropy = sum_over_sample(torch.xlogy(x, x))
         return self.temperature * entropy + sum_over_sample(self.bounds(x, weights) * differences(x).abs())
 
+    def output_error(self, scores: Tensor) -> float:
+        """A bound of |x - x*| for each sample of these (batch, channels, *spatial), which every output is within."""
+        return self.accuracy * math.sqrt(math.prod(scores.shape[2:]))
+
     def slope(self) -> Slope:
         """[0, 1 / (2 temperature)], rounded outward."""
         positive("the temperature", self.temperature)
