@@ -99,8 +99,8 @@ def by_splitting(
     """u = (I - J)^-T gradient for J = D W with a diagonal D, the derivative of the prox, and a relative residual.
 
     y = D u solves y = D (W^T y + gradient): an equilibrium of the transposed loop with the linear activation D, so that
-    the splitting itself finds it. The residual is |D u - y| / |u| with u = W^T y + gradient. Source: Winston and Kolter, 2020, theorem
-    2.
+    the splitting itself finds it. The residual is |D u - y| / |u| with u = W^T y + gradient.
+    Source: Winston and Kolter, 2020, theorem 2.
     """
     with torch.enable_grad():
         z = entering.detach().requires_grad_()
@@ -129,8 +129,8 @@ def iterated(
     Peaceman-Rachford is u <- C (2 prox_{a g}(u) - u) + a (C + I) w with the reflected resolvent C, carried out in the
     layout in which C is fastest: one product, one prox and three sums.
     """
-    if isinstance(splitting, EquilibriumForwardBackward):
-        found = solve(EquilibriumForwardBackward(loop, prior, splitting.step_size), w, tol, max_iterations)
+    if isinstance(splitting, EquilibriumForwardBackward) or w.is_complex():
+        found = solve(type(splitting)(loop, prior, splitting.step_size), w, tol, max_iterations)
         return found.x, Reached(found.status, found.residual, found.iterations)
     a, adjoint = splitting.step_size, isinstance(loop, Adjoint)
     reflection = loop_resolvent(loop.T if adjoint else loop, a).reflection

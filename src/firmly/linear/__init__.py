@@ -17,7 +17,7 @@ from firmly.linear.gradient import Gradient
 from firmly.linear.gram import is_gram
 from firmly.linear.map import Bracket, LinearMap
 from firmly.linear.mask import Diagonal, Mask
-from firmly.linear.monotone import LoopResolvent, Monotone, monotonicity
+from firmly.linear.monotone import LoopResolvent, Monotone, balanced_step, monotonicity
 from firmly.linear.radon import Radon
 from firmly.linear.resolvent import Resolvent
 from firmly.linear.sparse import Sparse
@@ -55,6 +55,7 @@ __all__ = [
     "Sum",
     "Symbol",
     "Wavelet",
+    "balanced_step",
     "from_deepinv",
     "from_pylops",
     "from_scipy",

@@ -38,22 +38,24 @@ class Blocks:
 
     def product(self, x: Tensor, adjoint: bool = False) -> Tensor:
         """The map, or its adjoint, of data in the layout of `turn`."""
-        blocks = self.matrices(x)
-        blocks = blocks.mT if adjoint else blocks
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x, self.matrices(x).mT if adjoint else self.matrices(x))
+
+    def _product(self, x: Tensor, blocks: Tensor) -> Tensor:
         batch = x.shape[-1]
-        if blocks.shape[0] == 1:
-            image = (blocks[0] @ x.reshape(-1, batch)).reshape(x.shape)
-        else:
-            channels, spatial = x.shape[-2], x.shape[:-2]
-            waves = transformed(x, len(spatial))
-            image = torch.bmm(blocks, waves.reshape(-1, 2 * channels, batch)).reshape(waves.shape)
-            image = restored(image, spatial)
-        return image
+        if len(blocks) == 1 and blocks.shape[1] == x.shape[:-1].numel():
+            return (blocks[0] @ x.reshape(-1, batch)).reshape(x.shape)
+        channels, spatial = x.shape[-2], x.shape[:-2]
+        waves = transformed(x, len(spatial))
+        image = torch.bmm(blocks, waves.reshape(-1, 2 * channels, batch))
+        return restored(image.reshape(waves.shape), spatial)
 
     def matrices(self, like: Tensor) -> Tensor:
         """(blocks, 2 channel, 2 channel), real matrices of real and imaginary parts, in the order of `transformed`, or
         (1, entries, entries)."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.map.parameters())
+        learning = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (*self.map.parameters(), *self.map.buffers())
+        )
         if learning:
             return self._computed(like)
         kept = self._remembered.setdefault((like.dtype, like.device), Memo())
@@ -89,8 +91,8 @@ def turn(x: Tensor) -> Tensor:
 
 
 def transformed(x: Tensor, axes: int) -> Tensor:
-    """The discrete Fourier transform of real data over its first axes: (*frequencies, 2, ...), the first of them halved,
-    2 for the real and the imaginary part."""
+    """The discrete Fourier transform of real data over its first axes: (*frequencies, 2, ...), the first frequency
+    halved, 2 for the real and the imaginary part."""
     spatial, rest = x.shape[:axes], x.shape[axes:]
     if max(spatial) > LONGEST_AXIS:
         return torch.view_as_real(torch.fft.rfftn(x, dim=(*range(1, axes), 0))).movedim(-1, axes)

@@ -97,7 +97,8 @@ class LoopResolvent(LinearMap):
 
     Applied by the inverse matrix of every frequency where W is shift-invariant, else by the matrix for domains of at
     most 4096 entries; else it raises `NotDiagonal`. The inverse is kept while no gradients are recorded and W is
-    unchanged. `reflection` applies twice it minus the identity. Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
+    unchanged. `reflection` applies twice it minus the identity.
+    Source: Ryu and Boyd, Primer on monotone operator methods, 2016.
     """
 
     step: Tensor

@@ -29,10 +29,10 @@ class MonotoneLayer(nn.Module):
     activation is the prox of a convex prior with unit step: `NonNegative` is a ReLU, `L1` a soft threshold, `Box` a
     clipped linear unit. The solution moves by at most |U| / margin times x; `certify` proves more.
 
-    `splitting` is the iteration that finds z, with its step size as `step_size` (None: `balanced_step` for Peaceman-
-    Rachford, which converges for any; margin / |I - W|^2 for forward-backward). `forward` raises `NotConverged` where it does not reach
-    the tolerance `tol`; `solve(x)` returns how far it came. Raises `SettingsError`, and `ConditionError` for priors
-    that are not convex.
+    `splitting` is the iteration that finds z, with its step size as `step_size` (None: `balanced_step` for
+    Peaceman-Rachford, which converges for any; margin / |I - W|^2 for forward-backward). `forward` raises
+    `NotConverged` where it does not reach the tolerance `tol`; `solve(x)` returns how far it came. Raises
+    `SettingsError`, and `ConditionError` for priors that are not convex.
     Source: Winston and Kolter, Monotone operator equilibrium networks, NeurIPS 2020.
     """
 
