@@ -2,6 +2,7 @@
 
 from firmly.fixedpoint.adjoints import AdjointWarning, Checkpointed, Implicit, Neumann, OneStep, Unrolled
 from firmly.fixedpoint.bilevel import BilevelSolution, Ending, bilevel
+from firmly.fixedpoint.contraction import contraction_factor
 from firmly.fixedpoint.equilibrium import equilibrium
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.layer import ImplicitLayer, implicit
@@ -30,6 +31,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "bilevel",
+    "contraction_factor",
     "equilibrium",
     "fixed_point",
     "implicit",

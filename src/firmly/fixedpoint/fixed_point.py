@@ -26,8 +26,7 @@ class FixedPoint:
     """A solution of x = T(x, p) with its account.
 
     `state` is x, as the map returns it. `residual` (batch,) is |T(x) - x| / max(|T(x)|, |x|) at exactly this x and
-    `iterations` (batch,) what every element took. `error_bound` (batch,) bounds |x - x*| where a contraction factor or
-    a modulus of strong monotonicity is known, else None. `backward_residuals` grows with every linear system that a
+    `iterations` (batch,) what every element took. `backward_residuals` grows with every linear system that a
     derivative of `state` solves, and with `Implicit("manifold")` so does `least_curvatures`, the smallest curvature
     found on the active manifold over the largest.
     """
@@ -36,7 +35,7 @@ class FixedPoint:
     status: Status
     residual: Tensor
     iterations: Tensor
-    error_bound: Tensor | None
+    modulus: Callable[[], float | None] | float | None = field(default=None, repr=False)
     backward_residuals: list[float] = field(default_factory=list, repr=False)
     least_curvatures: list[float] = field(default_factory=list, repr=False)
     plain_map: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)  # on rows, for `doubts`
@@ -44,6 +43,19 @@ class FixedPoint:
     @property
     def converged(self) -> bool:
         return self.status is Status.CONVERGED
+
+    @property
+    def error_bound(self) -> Tensor | None:
+        """A bound (batch,) of |x - x*|, where I - T is known to be strongly monotone (with its `modulus`), else None.
+
+        It is computed when it is asked for, for the tensors of the map as they are then.
+        """
+        modulus = self.modulus() if callable(self.modulus) else self.modulus
+        if modulus is None or self.plain_map is None:
+            return None
+        with torch.no_grad():
+            x = Layout(self.state).flat(self.state)
+            return norms(self.plain_map(x) - x) / modulus
 
     @property
     def degenerate(self) -> bool:
@@ -62,7 +74,7 @@ class FixedPoint:
         A solution that is not reached; derivatives already taken whose linear system was not solved; a solution that
         is not unique, or ill-conditioned on its active manifold; a kink of the map near the solution (`kinks`, a
         heuristic: within ten residuals, or within eps^(1/3)), where the derivative is one element of a set or the
-        active entries are not yet identified; a map that is constant there, as with nothing active.
+        active entries are not yet identified; a solution of zero near which the map does not move.
         """
         found = [] if self.converged else [str(self.status)]
         worst = max(self.backward_residuals, default=0.0)
@@ -78,7 +90,9 @@ class FixedPoint:
         if self.plain_map is not None:
             layout = Layout(self.state)
             x = layout.flat(self.state).detach()
-            sharp, still = (t.nonzero()[:, 0].tolist() for t in kinks(self.plain_map, x, 10 * self.residual))
+            sharp, still = kinks(self.plain_map, x, 10 * self.residual)
+            still = still & (x == 0).all(1)
+            sharp, still = sharp.nonzero()[:, 0].tolist(), still.nonzero()[:, 0].tolist()
             if sharp:
                 found.append(
                     f"the map has a kink near the solution, elements {sharp}: a breakpoint, where the derivative is "
@@ -87,8 +101,8 @@ class FixedPoint:
                 )
             if still:
                 found.append(
-                    f"the map is constant near the solution, elements {still}: nothing is active, and the derivative "
-                    "in a penalty above its largest useful weight is exactly zero"
+                    f"the solution is zero and the map constant near it, elements {still}: nothing is active, and the "
+                    "derivative in a penalty above its largest useful weight is exactly zero"
                 )
         return found
 
@@ -111,10 +125,10 @@ def fixed_point(
     get no gradient, and is refused. `tol` bounds the relative residual |T(x) - x| / max(|T(x)|, |x|) of every element;
     None is eps^(3/4) of the precision.
 
-    With a `contraction` factor r < 1 of T, |x - x*| <= |T(x) - x| / (1 - r) is reported; with a modulus m > 0 of
-    `strong_monotonicity`, <d - (T(x + d) - T(x)), d> >= m |d|^2 for all d, |x - x*| <= |T(x) - x| / m, as
-    m |x - x*|^2 <= <x - T(x), x - x*>. A contraction has the modulus 1 - r; an expansion may have one, too. The bound
-    is that of the residual as it is computed: rounding in T itself is not covered.
+    `error_bound` is |T(x) - x| / (1 - r) >= |x - x*| with a `contraction` factor r < 1 of T. With a modulus m > 0 of
+    `strong_monotonicity`, <d - (T(x + d) - T(x)), d> >= m |d|^2 for all x and d, it is |T(x) - x| / m, because
+    m |x - x*|^2 <= <x - T(x), x - x*>; a contraction has the modulus 1 - r, and maps that expand may have one, too. The
+    bound is that of the residual as it is computed: rounding in T itself is not covered.
 
     Gradients of a state that has not converged are refused (`NotConverged`), as they belong to no solution; so are
     those whose linear system is not solved to its tolerance. Derivatives can be taken again, forward or backward, and
@@ -185,10 +199,8 @@ def report(
     def plain(z: Tensor) -> Tensor:
         return step(z, *fixed)
 
-    with torch.no_grad():
-        bound = None if modulus is None else norms(plain(found.x) - found.x) / modulus
     return FixedPoint(
-        layout.state(x), found.status, found.residual, found.iterations, bound, residuals, curvatures, plain
+        layout.state(x), found.status, found.residual, found.iterations, modulus, residuals, curvatures, plain
     )
 
 

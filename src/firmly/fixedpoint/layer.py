@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from firmly.algorithms.algorithm import Algorithm, check
 from firmly.errors import SettingsError
 from firmly.fixedpoint.adjoints import Adjoint, Checkpointed, Implicit, Unrolled
+from firmly.fixedpoint.contraction import contraction_factor
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.manifold import ManifoldSolver, prior_of
 from firmly.fixedpoint.solve import refuse_bad
@@ -59,9 +60,20 @@ class ImplicitLayer(nn.Module):
             T, first, y, *tensors.values(), solver=self.solver, adjoint=adjoint, tol=self.tol,
             max_iterations=self.max_iterations,
         )  # fmt: skip
+        found.modulus = modulus_of(algorithm)
         if manifold is not None:
             found.least_curvatures = manifold.least_curvatures
         return found
+
+
+def modulus_of(algorithm: Algorithm) -> Callable[[], float | None]:
+    """The modulus of strong monotonicity of I - T, when it is asked for: factorisations may stand behind it."""
+
+    def modulus() -> float | None:
+        factor = contraction_factor(algorithm)
+        return None if factor is None else 1 - factor
+
+    return modulus
 
 
 class Undamped(nn.Module):

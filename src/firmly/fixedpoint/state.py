@@ -52,6 +52,8 @@ def norms(flat: Tensor) -> Tensor:
 
 
 def relative_residual(image: Tensor, x: Tensor) -> Tensor:
-    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where a value is not finite."""
+    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where a norm is not finite: x that grows
+    without bound has a norm that overflows before that of the difference does."""
     size = torch.maximum(norms(image), norms(x))
-    return torch.where(size > 0, norms(image - x) / size, size)
+    size = torch.where(torch.isfinite(size), size, torch.nan)
+    return torch.where(size == 0, 0, norms(image - x) / size)
