@@ -69,7 +69,7 @@ class FixedPoint:
         return torch.finfo(dtype).eps ** 0.75
 
     def doubts(self) -> list[str]:
-        """What speaks against derivatives of this solution, in sentences; three more evaluations of the map.
+        """What speaks against derivatives of this solution, in sentences; seven more evaluations of the map.
 
         A solution that is not reached; derivatives already taken whose linear system was not solved; a solution that
         is not unique, or ill-conditioned on its active manifold; a kink of the map near the solution (`kinks`, a
