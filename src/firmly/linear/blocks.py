@@ -53,10 +53,8 @@ class Blocks:
     def matrices(self, like: Tensor) -> Tensor:
         """(blocks, 2 channel, 2 channel), real matrices of real and imaginary parts, in the order of `transformed`, or
         (1, entries, entries)."""
-        learning = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*self.map.parameters(), *self.map.buffers())
-        )
-        if learning:
+        tensors = (*self.map.parameters(), *self.map.buffers())
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return self._computed(like)
         kept = self._remembered.setdefault((like.dtype, like.device), Memo())
         return kept.get(self.map, lambda: self._computed(like))
