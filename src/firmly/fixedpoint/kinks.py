@@ -16,9 +16,9 @@ PROBES = 3
 def kinks(T: Callable[[Tensor], Tensor], x: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Which rows of x (batch, entries) have a kink of T within their `reach` (batch,), and near which T is constant.
 
-    Every entry is moved by random w of the size reach max |x|, three times, and T has a kink where |T(x + w) - 2 T(x) + T(x - w)|
-    exceeds a tenth of |T(x + w) - T(x - w)| / 2 in the maximum norm, and rounding. A heuristic: a curvature of the
-    size 1 / reach looks like a kink, and a kink that w does not cross is not seen.
+    Every entry is moved by random w of the size reach max |x|, three times, and T has a kink where
+    |T(x + w) - 2 T(x) + T(x - w)| exceeds a tenth of |T(x + w) - T(x - w)| / 2 in the maximum norm, and rounding. A
+    heuristic: a curvature of the size 1 / reach looks like a kink, and a kink that w does not cross is not seen.
     """
     generator = torch.Generator().manual_seed(0)
     eps = torch.finfo(x.dtype).eps
