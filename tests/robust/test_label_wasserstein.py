@@ -112,8 +112,8 @@ def test_derivatives():
     losses, labels = rand(2, 3, 5).requires_grad_(), (rand(2, 5, seed=1) * 3).long()
     budget = torch.tensor(0.13, dtype=f64, requires_grad=True)
     cost = ordinal_cost(3)
-    for sense in ("sup", "inf"):
-        assert gradcheck(lambda l, b: label_risk(l, labels, b, cost, sense=sense).risk, (losses, budget))
+    assert gradcheck(lambda l, b: label_risk(l, labels, b, cost, sense="sup").risk, (losses, budget))
+    assert gradcheck(lambda l, b: label_risk(l, labels, b, cost, sense="inf").risk, (losses, budget))
     found = label_risk(losses, labels, budget, cost)
     slope = grad(found.risk.sum(), budget)[0]
     assert slope.item() == pytest.approx(-found.price.sum().item())

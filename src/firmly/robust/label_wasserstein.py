@@ -35,8 +35,8 @@ def label_risk(
         sup: min over price >= 0 of price budget + mean over pixels of sum_j P_ij max_k (l_ik - price C_jk),
 
     exact, with one price per image. The optimistic risk is a correction of labels: with the 0/1 cost it changes those
-    with the largest l_i,given - min_k l_ik, at most the fraction `budget` of the pixels; the price is the confidence from
-    which a label is changed. The pessimistic one needs a bounded loss or a cost that forbids most changes.
+    with the largest l_i,given - min_k l_ik, at most the fraction `budget` of the pixels; the price is the confidence
+    from which a label is changed. The pessimistic one needs a bounded loss or a cost that forbids most changes.
 
     Args:
         losses: of every class, (batch, class, *spatial); `firmly.robust.cross_entropy(logits)`, say.
