@@ -1,0 +1,8 @@
+"""Optimisers designed as feedback loops, with the stability tests that guard them."""
+
+from firmly.optim import presets
+from firmly.optim.adaptation_gain import AdaptationGain, Response
+from firmly.optim.dag import Dag
+from firmly.optim.nearest_gain import nearest_gain
+
+__all__ = ["AdaptationGain", "Dag", "Response", "nearest_gain", "presets"]
