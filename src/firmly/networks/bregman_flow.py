@@ -21,14 +21,33 @@ from firmly.prox.legendre import Legendre, legendre
 LayerCondition = Literal["one-sided", "contraction"]
 
 
+class Tempered(nn.Module):
+    """z -> exp(s) h(z exp(-s)) with a learned s for every entry: slopes as h, at another scale of z."""
+
+    def __init__(self, activation: Legendre, s: Tensor):
+        super().__init__()
+        self.activation, self.s = activation, s
+
+    @property
+    def lipschitz(self) -> float:
+        return self.activation.lipschitz
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.s.exp() * self.activation((-self.s).exp() * z)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return self.activation.derivative((-self.s).exp() * z)
+
+
 class WideBregmanLayer(nn.Module):
-    """u -> u + V rho(K u + c) with `width` activations, invertible whatever K, V and c learn.
+    """u -> u + V rho(K u + c) with `width` activations, invertible whatever K, V, c and rho learn.
 
     By Sylvester's identity the conditions on the weight of a square layer hold here for K V.
     With condition "contraction" V is rescaled to |K| |V| L <= 1 - margin: a residual block of an i-ResNet. With
     "one-sided" P K' is added to such a V, P = A'A + B - B': then K V is K P K', which is monotone and of any norm, plus
-    a contraction, so that lam_min(sym K V) >= -(1 - margin) / L. Raises `ConditionError` for margins outside (0, 1)
-    and activations with an unbounded slope.
+    a contraction, so that lam_min(sym K V) >= -(1 - margin) / L. rho is the activation with a learned scale of each
+    entry (`Tempered`), which leaves its slopes alone. Raises `ConditionError` for margins outside (0, 1) and activations
+    with an unbounded slope.
     Source: derived in docs/theory/bregman; the contraction is Behrmann et al., Invertible residual networks, 2019.
     """
 
@@ -56,14 +75,17 @@ class WideBregmanLayer(nn.Module):
         self.condition: LayerCondition = condition
         self.margin = margin
 
-        def noise(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(size, generator=generator))
+        def noise(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator)
 
-        self.K = noise(width, features)
-        self.c = noise(width)
-        self.V = nn.Parameter(0.1 / math.sqrt(features * width) * noise(features, width).detach())
+        # |K| is about 1, so that K u is of the size of u; the temperature makes rho bend within it
+        K = noise(width, features)
+        self.K = nn.Parameter(K / math.sqrt(width))
+        self.c = nn.Parameter(noise(width) / math.sqrt(width))
+        self.s = nn.Parameter(torch.full((width,), -0.5 * math.log(width)))
+        self.V = nn.Parameter(0.1 * noise(features, width) / math.sqrt(width))
         if condition == "one-sided":
-            self.A = nn.Parameter(0.1 / math.sqrt(width) * torch.eye(features))
+            self.A = nn.Parameter(0.3 * torch.eye(features))
             self.B = nn.Parameter(torch.zeros(features, features))
 
     def outer(self) -> Tensor:
@@ -76,7 +98,7 @@ class WideBregmanLayer(nn.Module):
         return V + (self.A.mT @ self.A + self.B - self.B.mT) @ self.K.mT
 
     def residual(self) -> Residual:
-        return Residual(Dense(self.outer()), self.activation, 0.0, Dense(self.K), self.c)
+        return Residual(Dense(self.outer()), Tempered(self.activation, self.s), 0.0, Dense(self.K), self.c)
 
     def forward(self, u: Tensor) -> Tensor:
         return u + self.residual()(u)
@@ -84,9 +106,11 @@ class WideBregmanLayer(nn.Module):
     def with_log_det(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """F(u) and log det of its Jacobian, (batch,)."""
         V, z = self.outer(), u @ self.K.mT + self.c
-        slopes = self.activation.derivative(z)
-        J = torch.einsum("oh,bh,hi->boi", V, slopes, self.K) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-        return u + self.activation(z) @ V.mT, torch.linalg.slogdet(J)[1]
+        scale = self.s.exp()
+        inside = z / scale
+        J = (V * self.activation.derivative(inside)[:, None, :]) @ self.K
+        J = J + torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+        return u + (scale * self.activation(inside)) @ V.mT, torch.linalg.slogdet(J)[1]
 
     def inverse(self, v: Tensor) -> Tensor:
         return inverse(self, v)

@@ -1,0 +1,174 @@
+"""Training normalising flows by exact likelihood, and invertible Bregman layers beside an i-ResNet of equal size."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from firmly.lab.flow_data import Density, Table, table_split
+from firmly.lab.run_folder import RunFolder
+from firmly.lab.settings import require
+from firmly.lab.training import Outcome, Plan, train
+from firmly.networks.bregman_flow import BregmanFlow, LayerCondition
+
+CONDITIONS: tuple[LayerCondition, LayerCondition] = ("one-sided", "contraction")
+STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% quantiles by degrees of freedom
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """`depth` layers of `width` activations with slopes bounded away from folding by `margin`; `steps` batches of
+    `batch` points; `seeds` trainings of each flow, whose test likelihood is taken on `test` points."""
+
+    depth: int = 4
+    width: int = 32
+    margin: float = 0.1
+    steps: int = 1500
+    batch: int = 256
+    learning_rate: float = 5e-3
+    test: int = 20_000
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        require(min(self.depth, self.width, self.seeds) >= 1, "depth, width and seeds are at least 1")
+        require(0 < self.margin < 1, f"margin lies in (0, 1); given {self.margin}")
+        require(self.steps >= 10 and self.batch >= 2, "at least 10 steps of batches of 2")
+        require(1 <= self.seeds <= len(STUDENT), f"seeds is at most {len(STUDENT)}; given {self.seeds}")
+
+
+class Likelihood(nn.Module):
+    """x -> log p(x) of a flow, as the network that is trained."""
+
+    def __init__(self, flow: BregmanFlow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+
+class Trained(NamedTuple):
+    """A trained flow with its mean log-likelihood on the test points, in nats, and how the training ended."""
+
+    flow: BregmanFlow
+    test: float
+    outcome: Outcome
+
+
+def flow_of(features: int, condition: LayerCondition, settings: FlowSettings, seed: int) -> BregmanFlow:
+    """A flow of the given condition; the contraction has wider layers in the place of P = A'A + B - B', so that it has
+    at least as many parameters."""
+    width = settings.width
+    if condition == "contraction":
+        width += math.ceil(2 * features**2 / (2 * features + 2))
+    generator = torch.Generator().manual_seed(seed)
+    return BregmanFlow(features, settings.depth, width, "tanh", condition, settings.margin, generator)
+
+
+def fit_flow(
+    flow: BregmanFlow,
+    sample: Callable[[torch.Generator], Tensor],
+    plan: Plan,
+    run_folder: RunFolder,
+    name: str,
+    validation: Tensor | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Maximise the mean of log p over batches from `sample`, resuming from the run folder; every proof is made at the
+    end, so that what is returned is invertible.
+
+    With `validation` points the weights of the epoch with the best likelihood on them are kept.
+    """
+    device = next(flow.parameters()).device
+    flow.start_at(sample(torch.Generator().manual_seed(plan.seed)).to(device, flow.layers[0].t.dtype))
+    validate = None if validation is None else (lambda network: float(likelihood(network.flow, validation)))
+    outcome = train(
+        Likelihood(flow),
+        lambda generator: (lambda x: (x, x))(sample(generator)),
+        plan,
+        run_folder,
+        name,
+        loss=lambda log_prob, _: -log_prob.mean(),
+        validate=validate,
+        callback=callback,
+    )
+    flow.proofs()
+    return outcome
+
+
+@torch.no_grad()
+def likelihood(flow: BregmanFlow, x: Tensor) -> float:
+    """The mean of log p(x) over points, in nats."""
+    parameter = next(flow.parameters())
+    parts = [flow.log_prob(part.to(parameter)).double().sum() for part in x.split(8192)]
+    return float(torch.stack(parts).sum()) / len(x)
+
+
+def fit_density(
+    density: Density, condition: LayerCondition, settings: FlowSettings, seed: int, run_folder: RunFolder,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Trained:  # fmt: skip
+    """A flow on fresh points of a density of the plane; the test points are the same for every flow and seed."""
+    flow = flow_of(2, condition, settings, seed)
+    epochs = 5
+    plan = Plan(epochs, max(1, settings.steps // epochs), settings.learning_rate, averaging=0.99, seed=seed)
+    name = f"{density.name}-{condition}-{seed}".replace(" ", "-")
+    outcome = fit_flow(
+        flow, lambda g: density.sample(settings.batch, g).float(), plan, run_folder, name, callback=callback
+    )
+    test = density.sample(settings.test, torch.Generator().manual_seed(10_000))
+    return Trained(flow, likelihood(flow, test), outcome)
+
+
+def fit_table(
+    table: Table, condition: LayerCondition, settings: FlowSettings, seed: int, run_folder: RunFolder,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Trained:  # fmt: skip
+    """A flow on the training rows of a split of its own, with the epoch that is best on the validation rows."""
+    split = table_split(table, seed)
+    rows = split.train.float()
+    flow = flow_of(rows.shape[1], condition, settings, seed)
+    epochs = 20
+    plan = Plan(epochs, max(1, settings.steps // epochs), settings.learning_rate, weight_decay=1e-2, seed=seed)
+
+    def sample(generator: torch.Generator) -> Tensor:
+        chosen = rows[torch.randint(0, len(rows), (min(settings.batch, len(rows)),), generator=generator)]
+        return chosen
+
+    outcome = fit_flow(flow, sample, plan, run_folder, f"{table}-{condition}-{seed}", split.validation, callback)
+    return Trained(flow, likelihood(flow, split.test), outcome)
+
+
+def gaussian_likelihood(table: Table, seed: int) -> float:
+    """The test likelihood of the normal density fitted to the training rows, its covariance shrunk towards the
+    diagonal as much as is best on the validation rows."""
+    split = table_split(table, seed)
+    covariance, mean = split.train.mT.cov(), split.train.mean(0)
+    spread = torch.diag(covariance.diagonal())
+
+    def normal(weight: float) -> torch.distributions.MultivariateNormal:
+        return torch.distributions.MultivariateNormal(mean, (1 - weight) * covariance + weight * spread)
+
+    weights = [0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    best = max(weights, key=lambda w: float(normal(w).log_prob(split.validation).mean()))
+    return float(normal(best).log_prob(split.test).mean())
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95% confidence interval (Student); half is infinite for one seed."""
+
+    mean: float
+    half: float
+
+
+def interval(values: list[float]) -> Interval:
+    if len(values) < 2:
+        return Interval(values[0], math.inf)
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(statistics.fmean(values), half)
