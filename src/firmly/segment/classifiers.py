@@ -138,7 +138,7 @@ class LogisticSegmenter(_Segmenter):
     (1, features, *spatial), `PixelFeatures()` if None; `contrast` weakens edges of the energy across contours.
     """
 
-    def __init__(self, C=100.0, coupling=None, *, features=None, contrast=0.0, tol=1e-3, max_iter=200):
+    def __init__(self, C=1000.0, coupling=None, *, features=None, contrast=0.0, tol=1e-3, max_iter=200):
         self.C = C
         self.coupling = coupling
         self.features = features
@@ -161,7 +161,7 @@ class SvmSegmenter(_Segmenter):
     cross-entropy of softmax(scores / temperature) on the training pixels is least (Platt scaling, one number).
     """
 
-    def __init__(self, C=100.0, coupling=0.5, *, features=None, contrast=0.0, tol=1e-2, max_iter=200):
+    def __init__(self, C=1000.0, coupling=0.5, *, features=None, contrast=0.0, tol=1e-2, max_iter=200):
         self.C = C
         self.coupling = coupling
         self.features = features
