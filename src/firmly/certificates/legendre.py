@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from firmly.certificates.activations import activation
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.certificates.slopes import Pieces, Point, pieces
 from firmly.certificates.torch_maps import Rearrange
+from firmly.prox.known_slope import with_slope
 from firmly.prox.legendre import Legendre, activate, dual_coordinates
-from firmly.prox.legendre_mean import CONCAVE, mean
+from firmly.prox.legendre_mean import CONCAVE, mean, mean_gain
 from firmly.prox.prior import Slope
 from firmly.prox.row_stochastic import RowStochastic
 
@@ -40,25 +40,21 @@ def finite(tracer: Tracer, slope: Slope, text: str) -> Slope:
 
 @handles(mean)
 def legendre_mean(tracer: Tracer, pair: Legendre, average: RowStochastic, u: Signal) -> Any:
-    """rho^-1(P rho(u)), with the Jacobian entries p_j g(x_j) / g(m) for the mean m of the x_j and g(x) = rho'(u).
-
-    For concave g they are in [0, 1] and have row sums of at most 1 (Jensen), so that the norm is at most the root of
-    the largest number of means that an entry takes part in (docs/theory/bregman).
-    """
-    low, high = pair.slope
-    P, places = average.channel_matrix().detach(), torch.arange(math.prod(average.domain)).reshape(average.domain)
-    if average.pool == 1 and bool((P.max(1).values == 1).all()):  # every mean is that of one entry
-        return u.linear(Rearrange(average.domain, places[P.argmax(1)]))
+    """rho^-1(P rho(u)) as a map of the pixels with a Lipschitz constant, after blocks of pixels became channels."""
+    places = torch.arange(math.prod(average.domain)).reshape(average.domain)
+    if average.selects():
+        return u.linear(Rearrange(average.domain, places[average.channel_matrix().detach().argmax(1)]))
     text = "learned averages taken as exactly row-stochastic"
     if text not in tracer.system.assumptions:
         tracer.system.assumptions.append(text)
+    low, high = pair.slope
     if 0 < low and high < math.inf:
         return dual_coordinates(pair, average(activate(pair, u)))  # type: ignore[arg-type]
-    if not isinstance(pair, CONCAVE):
+    gain = mean_gain(pair, average)
+    if not gain < math.inf:
         names = ", ".join(sorted(known.__name__ for known in CONCAVE))
         raise tracer.refuse(f"a mean in the coordinates of {pair}; it has no bound but for {names}")
-    gain = math.sqrt(int((P > 0).sum(0).max())) * (1 + 1e-15)
-    index = blocks_as_channels(average.domain, average.pool)
+    index = blocks_as_channels(places, average.pool)
     outputs = average.codomain[0]
     missing = index.new_full((max(0, outputs - len(index)), *index.shape[1:]), -1)
     padded = Rearrange(average.domain, torch.cat([index, missing]))
@@ -67,10 +63,15 @@ def legendre_mean(tracer: Tracer, pair: Legendre, average: RowStochastic, u: Sig
     return means.linear(Rearrange(padded.codomain, back))
 
 
-def blocks_as_channels(shape: Sequence[int], size: int) -> Tensor:
-    """Where the entries of (channels, *spatial) go when blocks of pixels become channels of a smaller image."""
-    channels, *spatial = shape
-    index = torch.arange(math.prod(shape)).reshape(channels, *(part for n in spatial for part in (n // size, size)))
+@handles(with_slope)
+def known_slope(tracer: Tracer, function: Any, slope: Slope, x: Signal) -> Signal:
+    return activation(x, *finite(tracer, slope, "a function whose slope has no upper bound"))
+
+
+def blocks_as_channels(places: Tensor, size: int) -> Tensor:
+    """(channels, *spatial) to (channels * size^k, *(n / size)): blocks of pixels become channels of a smaller image."""
+    channels, *spatial = places.shape
+    index = places.reshape(channels, *(part for n in spatial for part in (n // size, size)))
     axes = range(1, 2 * len(spatial), 2)
     return index.permute(0, *(axis + 1 for axis in axes), *axes).reshape(-1, *(n // size for n in spatial))
 

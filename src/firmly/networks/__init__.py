@@ -5,6 +5,7 @@ from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.bregman import BregmaNet, BregmanLayer
+from firmly.networks.bregman_lipschitz import OnBox, bounds_on_box
 from firmly.networks.bregman_skip import BregmanMean
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
@@ -27,6 +28,7 @@ __all__ = [
     "IstaNet",
     "IstaNetPlus",
     "MonotoneLayer",
+    "OnBox",
     "Selection",
     "SparseNetwork",
     "Unrolled",
@@ -35,6 +37,7 @@ __all__ = [
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
+    "bounds_on_box",
     "calibrate",
     "calibrate_hyper",
     "check_unrolled",

@@ -70,8 +70,11 @@ class BregmanLayer(nn.Module):
         return Residual(self.linear, self.activation, self.bias)
 
     def forward(self, u: Tensor) -> Tensor:
-        skipped = u if self.skip is None else self.skip(u)
-        return skipped + (self.linear(self.activation(u)) + self.bias)
+        return self.joined(u if self.skip is None else self.skip(u), self.activation(u))
+
+    def joined(self, skipped: Tensor, x: Tensor) -> Tensor:
+        """rho^-1(P x) + W x + b from its parts."""
+        return skipped + (self.linear(x) + self.bias)
 
     def primal(self, x: Tensor) -> Tensor:
         """rho(rho^-1(P x) + W x + b) with the inverse activation; `DataError` for x outside the domain of rho."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import singledispatch
 
 import torch
@@ -35,6 +36,20 @@ def mean(pair: Legendre, average: RowStochastic, u: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise DataError(f"the average in the coordinates of {pair} is not finite in {u.dtype}: |u| is too large")
     return value
+
+
+def mean_gain(pair: Legendre, average: RowStochastic) -> float:
+    """A Lipschitz constant of u -> rho^-1(A rho(u)), infinite where none is known (docs/theory/bregman).
+
+    The root of the largest number of means that an entry takes part in for pairs with concave rho'(rho^-1(x)), that of
+    A where every mean is that of one entry, and (high / low) |A| for slopes in [low, high] with low > 0.
+    """
+    P, (low, high) = average.channel_matrix().detach(), pair.slope
+    if average.selects():
+        return average.norm().upper
+    if isinstance(pair, CONCAVE):
+        return math.sqrt(int((P > 0).sum(0).max())) * (1 + 1e-15)
+    return high / low * average.norm().upper * (1 + 1e-15) if 0 < low and high < math.inf else math.inf
 
 
 @singledispatch

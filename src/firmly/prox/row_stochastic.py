@@ -38,6 +38,10 @@ class RowStochastic(LinearMap):
         """P, (out, in)."""
         return onto_simplex(self.raw, 1.0, 1)
 
+    def selects(self) -> bool:
+        """Whether every output is one of the inputs."""
+        return self.pool == 1 and bool((self.channel_matrix().detach().amax(1) == 1).all())
+
     def _apply_map(self, x: Tensor) -> Tensor:
         P = self.channel_matrix().to(x.dtype)
         mixed = torch.tensordot(P, self._pooled(x), dims=([1], [1]))
