@@ -123,19 +123,23 @@ def test_a_start_saves_work_and_changes_nothing(loss):
 
 
 def test_a_column_twice():
-    """Only the sum of their coefficients is unique: an outer objective of the scores has a derivative, others none."""
+    """Only the sum of their coefficients is unique: one of them is kept, and the derivative is that of one column."""
     model = problem(Squared(), p=4)
     X = torch.cat([model.A[:, :4], model.A[:, :1]], 1)
     double = SparseLinear(X, model.target, Squared())
     start = torch.zeros(6, 1, dtype=torch.float64)
     start[[0, 4]] = 0.2
     weight = torch.tensor(0.1 * double.largest, dtype=torch.float64, requires_grad=True)
-    B = double.solve(weight, start)
-    assert bool((B[[0, 4]] != 0).all())
-    (one,) = torch.autograd.grad((double.A @ B).square().sum(), weight, retain_graph=True)
+    B = double.solve(weight, start, tol=1e-13)
+    assert int((B[[0, 4]] != 0).sum()) == 1
+    (one,) = torch.autograd.grad((double.A @ B).square().sum(), weight)
     C = model.solve(weight, tol=1e-13)
+    torch.testing.assert_close(double.A @ B, model.A @ C, rtol=0, atol=1e-10)
     (other,) = torch.autograd.grad((model.A @ C).square().sum(), weight)
     torch.testing.assert_close(one, other, rtol=1e-8, atol=0)
+    double.independent = lambda B: B  # both, and an objective that depends on which
+    B = double.solve(weight, start)
+    assert bool((B[[0, 4]] != 0).all())
     with pytest.raises(NotConverged, match="linearly dependent"):
         torch.autograd.grad(B[0, 0], weight)
 

@@ -67,7 +67,8 @@ class SparseLinear:
     def solve(self, weight: Tensor, start: Tensor | None = None, tol: float = 1e-10) -> Tensor:
         """(p + 1, K), to optimality conditions that hold within `tol` of the largest gradient at B = 0.
 
-        `weight` is a positive number, one for every feature (p,), or one for every coefficient (p, K). Raises
+        `weight` is a positive number, one for every feature (p,), or one for every coefficient (p, K). Where a
+        solution is not unique, as with a column twice, it is one whose active columns are linearly independent. Raises
         `NotConverged` where rounding or the limit of iterations ends the progress above `tol`.
         """
         p, K = len(self.A[0]) - 1, self.target.shape[1]
@@ -146,6 +147,32 @@ class SparseLinear:
                 return new
         return None
 
+    def independent(self, B: Tensor) -> Tensor:
+        """Coefficients with the same scores and penalty whose active columns are linearly independent: along the kernel
+        of the Hessian until one vanishes.
+        """
+        while True:
+            face = self.face(B)
+            kernel = self.factor(self.A @ B, face).kernel
+            if kernel is None:
+                return B
+            way = torch.zeros_like(B)
+            way[face] = kernel
+            steps = torch.where((B != 0) & (way.abs() > 1e-6 * way.abs().max()), -B / way, torch.inf)
+            steps[-1] = torch.inf  # the intercept is free
+            first = steps.abs().argmin()
+            t = steps.flatten()[first]
+            if not bool(torch.isfinite(t)):
+                return B
+            B = B + t * way
+            B.view(-1)[first] = 0
+
+    def face(self, B: Tensor) -> Tensor:
+        """The coefficients that are not zero, and the intercept."""
+        face = B != 0
+        face[-1] |= self.intercept
+        return face
+
     def plain_step(self) -> float:
         gram = self.A.mT @ self.A if self.A.shape[0] > self.A.shape[1] else self.A @ self.A.mT
         curvature = self.loss.bend * float(torch.linalg.eigvalsh(gram)[-1]) / len(self.A)
@@ -181,11 +208,12 @@ class Factor:
         full = H if idle is None else H + size * idle[:, None] * idle
         full = full + torch.diag_embed((ridge * size).expand(len(H)))
         self.root, failed = torch.linalg.cholesky_ex(full)
-        self.inverse = None
+        self.inverse = self.kernel = None
         pivots = self.root.diagonal()
         if len(H) and (bool(failed) or (ridge == 0 and not float(pivots.min()) > 1e-7 * float(pivots.max()))):
             values, vectors = torch.linalg.eigh(full)
             kept = values > len(H) * torch.finfo(H.dtype).eps * values[-1].abs()
+            self.kernel = None if bool(kept[0]) else vectors[:, 0]
             self.inverse = (vectors * torch.where(kept, 1 / values, 0)) @ vectors.mT
 
     def solve(self, v: Tensor) -> Tensor:
@@ -203,7 +231,7 @@ class Solution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: SparseLinear, weight: Tensor, start: Tensor | None, tol: float) -> Tensor:  # type: ignore[override]
-        B = problem.minimise(problem.padded(weight), start, tol)
+        B = problem.independent(problem.minimise(problem.padded(weight), start, tol))
         ctx.problem = problem
         ctx.save_for_backward(B)
         return B
@@ -213,8 +241,7 @@ class Solution(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """db_S = -H_SS^-1 sgn(b_S) dw: the reduced system on the support, and on the intercept."""
         (B,), problem = ctx.saved_tensors, ctx.problem
-        face = B != 0
-        face[-1] |= problem.intercept
+        face = problem.face(B)
         factor = problem.factor(problem.A @ B, face)
         u = factor.solve(v[face])
         size = float(v[face].norm())
