@@ -5,6 +5,7 @@ from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.bregman import BregmaNet, BregmanLayer
+from firmly.networks.bregman_blocks import BregmanBlock, BregmanResNet
 from firmly.networks.bregman_lipschitz import OnBox, bounds_on_box
 from firmly.networks.bregman_skip import BregmanMean
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
@@ -23,8 +24,10 @@ from firmly.networks.whitening import analytic_whitening
 __all__ = [
     "AdmmNet",
     "BregmaNet",
+    "BregmanBlock",
     "BregmanLayer",
     "BregmanMean",
+    "BregmanResNet",
     "IstaNet",
     "IstaNetPlus",
     "MonotoneLayer",
