@@ -65,6 +65,8 @@ CASES = {
     "tv of signals": Case(lambda: fp.TV1D(0.3), (2, 5), complex_data=False),
     "nuclear": Case(lambda: fp.Nuclear(0.7), (3, 4)),
     "log-determinant": Case(lambda: fp.LogDet(0.5), (3, 3)),
+    "log-determinant in noise": Case(lambda: fp.NoisyLogDet(0.5, 0.8), (3, 3)),
+    "von neumann": Case(lambda: fp.VonNeumann(0.2), (3, 3)),
     "mcp": Case(lambda: fp.MCP(0.5, 3.0), convex=False),
     "scad": Case(lambda: fp.SCAD(0.5, 4.0), convex=False),
     "channel threshold": Case(lambda: fp.ChannelThreshold(3, torch.tensor([0.2, 0.5, 0.8]))),

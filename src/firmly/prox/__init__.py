@@ -19,6 +19,7 @@ from firmly.prox.ridge import Ridge, ridge_gradient
 from firmly.prox.row_stochastic import RowStochastic
 from firmly.prox.simplex import Simplex
 from firmly.prox.spectral import LogDet, Nuclear
+from firmly.prox.spectral_entropy import NoisyLogDet, VonNeumann
 from firmly.prox.spline import LinearSpline, MonotoneSpline, huber_slopes
 from firmly.prox.threshold import ChannelThreshold
 from firmly.prox.tv import TV
@@ -49,6 +50,7 @@ __all__ = [
     "Manifold",
     "MixedNorm",
     "MonotoneSpline",
+    "NoisyLogDet",
     "NonNegative",
     "Nuclear",
     "Prior",
@@ -57,6 +59,7 @@ __all__ = [
     "Simplex",
     "Slope",
     "SquaredL2",
+    "VonNeumann",
     "Zero",
     "dct_filters",
     "huber_slopes",

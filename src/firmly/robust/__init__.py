@@ -18,6 +18,7 @@ from firmly.robust.losses import (
     symmetric_cross_entropy,
 )
 from firmly.robust.pencil import label_logits, label_step, pencil_loss, smooth_label_step
+from firmly.robust.precision import Precision, SpectralDouglasRachford, robust_precision
 from firmly.robust.risks import risk, worst_case
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "KLPenalty",
     "LabelRisk",
     "LabelStore",
+    "Precision",
+    "SpectralDouglasRachford",
     "TotalVariation",
     "View",
     "Wasserstein",
@@ -48,6 +51,7 @@ __all__ = [
     "ordinal_cost",
     "pencil_loss",
     "risk",
+    "robust_precision",
     "smooth_label_step",
     "symmetric_cross_entropy",
     "tree_cost",
