@@ -3,6 +3,7 @@
 from firmly.fixedpoint.adjoints import AdjointWarning, Checkpointed, Implicit, Neumann, OneStep, Unrolled
 from firmly.fixedpoint.bilevel import BilevelSolution, Ending, bilevel
 from firmly.fixedpoint.contraction import contraction_factor
+from firmly.fixedpoint.criteria import Criterion, Estimate, cross_validation, divergence, hold_out, k_folds, sure
 from firmly.fixedpoint.equilibrium import equilibrium
 from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.layer import ImplicitLayer, implicit
@@ -17,7 +18,9 @@ __all__ = [
     "BilevelSolution",
     "Broyden",
     "Checkpointed",
+    "Criterion",
     "Ending",
+    "Estimate",
     "FixedPoint",
     "Implicit",
     "ImplicitLayer",
@@ -32,9 +35,14 @@ __all__ = [
     "Unrolled",
     "bilevel",
     "contraction_factor",
+    "cross_validation",
+    "divergence",
     "equilibrium",
     "fixed_point",
+    "hold_out",
     "implicit",
+    "k_folds",
     "quadratic_program",
     "solve",
+    "sure",
 ]
