@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from firmly.errors import SettingsError
 from firmly.lab.experiments import (
+    bilevel,
     compressed_sensing,
     ct,
     deblur,
@@ -30,6 +31,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     compressed_sensing.STUDY,
     dictionary.STUDY,
     sparse_coding.STUDY,
+    bilevel.STUDY,
 )
 
 
