@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from firmly.errors import ConditionError, SettingsError
 from firmly.optim.adaptation_gain import AdaptationGain
 from firmly.optim.nearest_gain import Property, nearest_gain
+from firmly.optim.rate import certified_rate
 
 
 class Dag(Optimizer):
@@ -144,6 +145,17 @@ class Dag(Optimizer):
     def pr(self) -> bool:
         """`AdaptationGain.pr`, for every group."""
         return all(AdaptationGain(group["zeros"], group["poles"]).pr() for group in self.param_groups)
+
+    def rate(self, m: float, L: float) -> float:
+        """`certified_rate`: |x_t - x*| <= c rho^t |x_0 - x*| on every m-strongly convex, L-smooth function, undecayed.
+
+        Raises `ConditionError` where groups differ in filter, rate or weight decay, or decay at all, and
+        `NotCertifiable` where no rho < 1 is proved.
+        """
+        rates = {(float(group["lr"]), float(group["weight_decay"])) for group in self.param_groups}
+        if len(rates) > 1 or any(decay for _, decay in rates):
+            raise ConditionError(f"a rate is proved for one learning rate without weight decay, given {sorted(rates)}")
+        return certified_rate(self.gain, rates.pop()[0], m, L).rho
 
     def gain_limit(self, L: float) -> float:
         """The learning rate below which steps are stable for every time-varying gradient with slopes in [0, L].
