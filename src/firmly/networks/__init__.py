@@ -6,8 +6,14 @@ from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.bregman import BregmaNet, BregmanLayer
 from firmly.networks.bregman_blocks import BregmanBlock, BregmanResNet
+from firmly.networks.bregman_flow import Affine, BregmanFlow, WideBregmanLayer
+from firmly.networks.bregman_grid import Grid, grid_lines
+from firmly.networks.bregman_inverse import Inverse, inverse
+from firmly.networks.bregman_invertible import Invertibility, Residual, invertibility
 from firmly.networks.bregman_lipschitz import OnBox, bounds_on_box
+from firmly.networks.bregman_log_det import LogDet, estimate_log_det, log_det, series_log_det
 from firmly.networks.bregman_skip import BregmanMean
+from firmly.networks.bregman_weights import Triangular, invertible_weight
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors
 from firmly.networks.descent import descend
@@ -23,20 +29,29 @@ from firmly.networks.whitening import analytic_whitening
 
 __all__ = [
     "AdmmNet",
+    "Affine",
     "BregmaNet",
     "BregmanBlock",
+    "BregmanFlow",
     "BregmanLayer",
     "BregmanMean",
     "BregmanResNet",
+    "Grid",
+    "Inverse",
+    "Invertibility",
     "IstaNet",
     "IstaNetPlus",
+    "LogDet",
     "MonotoneLayer",
     "OnBox",
+    "Residual",
     "Selection",
     "SparseNetwork",
+    "Triangular",
     "Unrolled",
     "UnrolledCheck",
     "WarmStart",
+    "WideBregmanLayer",
     "analytic_weights",
     "analytic_whitening",
     "beyond_depth",
@@ -45,12 +60,19 @@ __all__ = [
     "calibrate_hyper",
     "check_unrolled",
     "descend",
+    "estimate_log_det",
+    "grid_lines",
     "in_metric",
+    "inverse",
+    "invertibility",
+    "invertible_weight",
     "learned_tv",
     "nmse_db",
     "lista",
+    "log_det",
     "project",
     "read_tensors",
+    "series_log_det",
     "tv_objective",
     "unroll",
 ]
