@@ -18,7 +18,8 @@ Table = Literal["wine", "breast-cancer"]
 class Density(Protocol):
     """Points of the plane with a density that is known."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor: ...  # (count, 2)
 

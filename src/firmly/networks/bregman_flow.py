@@ -42,12 +42,12 @@ class Tempered(nn.Module):
 class WideBregmanLayer(nn.Module):
     """u -> u + V rho(K u + c) with `width` activations, invertible whatever K, V, c and rho learn.
 
-    By Sylvester's identity the conditions on the weight of a square layer hold here for K V.
-    With condition "contraction" V is rescaled to |K| |V| L <= 1 - margin: a residual block of an i-ResNet. With
-    "one-sided" P K' is added to such a V, P = A'A + B - B': then K V is K P K', which is monotone and of any norm, plus
-    a contraction, so that lam_min(sym K V) >= -(1 - margin) / L. rho is the activation with a learned scale of each
-    entry (`Tempered`), which leaves its slopes alone. Raises `ConditionError` for margins outside (0, 1) and activations
-    with an unbounded slope.
+    By Sylvester's identity the conditions on the weight of a square layer hold here for K V. With condition
+    "contraction" V is rescaled to |K| |V| L <= 1 - margin: a residual block of an i-ResNet. With "one-sided" P K' is
+    added to such a V, P = A'A + B - B': then K V is K P K', which is monotone and of any norm, plus a contraction, so
+    that lam_min(sym K V) >= -(1 - margin) / L. rho is the activation with a learned scale of each entry (`Tempered`),
+    which leaves its slopes alone. Raises `ConditionError` for margins outside (0, 1) and activations with an unbounded
+    slope.
     Source: derived in docs/theory/bregman; the contraction is Behrmann et al., Invertible residual networks, 2019.
     """
 
