@@ -43,11 +43,16 @@ def celer_solution(problem: HoldOut, tol: float) -> Callable[[], np.ndarray]:
     return lambda: celer.LogisticRegression(C=1 / (n * problem.weight), **common).fit(X, y).coef_[0]
 
 
+def step_size(problem: HoldOut) -> float:
+    """The inverse of the Lipschitz constant of the gradient of the loss."""
+    X = problem.X if len(problem.X) <= problem.X.shape[1] else problem.X.mT
+    square = float(torch.linalg.eigvalsh(X @ X.mT)[-1])
+    return len(problem.y) / square * (4 if problem.kind == "logistic" else 1)
+
+
 def gradient_step(problem: HoldOut) -> Callable[[Tensor, Tensor], Tensor]:
     """T(b, log lam), the proximal gradient step of the inner problem; its fixed points are the solutions."""
-    X, y = problem.X, problem.y
-    smoothness = float(torch.linalg.matrix_norm(X, 2)) ** 2 / len(y) / (4 if problem.kind == "logistic" else 1)
-    t = 1 / smoothness
+    X, y, t = problem.X, problem.y, step_size(problem)
 
     def step(b: Tensor, logs: Tensor) -> Tensor:
         if problem.kind == "logistic":
@@ -71,15 +76,20 @@ def differentiated(problem: HoldOut, solution: Callable[[Tensor], Tensor]) -> tu
 
 
 def firmly(problem: HoldOut) -> dict[str, Evaluation]:
-    from firmly.priors.hypergradient import implicit_lasso
+    from firmly.priors import implicit_lasso
+    from firmly.priors.losses import Logistic
+    from firmly.priors.sparse_linear import SparseLinear
 
+    if problem.kind == "logistic":
+        model = SparseLinear(problem.X, (problem.y[:, None] + 1) / 2, Logistic(), intercept=False)
+        return {"firmly": lambda: differentiated(problem, lambda logs: model.solve(logs.exp())[:-1, 0])}
     scale = len(problem.y) ** 0.5
     X, y = problem.X / scale, problem.y[None] / scale
 
     def solution(logs: Tensor) -> Tensor:
         return implicit_lasso(X, y, logs.exp(), problem.curvature, problem.group)[0]
 
-    return {"default": lambda: differentiated(problem, solution)}
+    return {"firmly": lambda: differentiated(problem, solution)}
 
 
 def torchopt(problem: HoldOut) -> dict[str, Evaluation]:
@@ -122,7 +132,7 @@ def torchdeq(problem: HoldOut) -> dict[str, Evaluation]:
 
         return lambda: differentiated(problem, solution)
 
-    tight = {"f_tol": 1e-13, "b_tol": 1e-12, "b_max_iter": 1000, "f_max_iter": 1000}
+    tight = {"f_tol": 1e-13, "b_tol": 1e-12, "f_max_iter": 300, "b_max_iter": 300}
     return {
         "default": layer(False),
         "celer, Anderson": layer(True, f_solver="anderson", b_solver="anderson", **tight),
@@ -170,19 +180,13 @@ def jaxopt(problem: HoldOut) -> dict[str, Evaluation]:
         solver = package.ProximalGradient(loss, prox, implicit_diff=True, **settings)
         return evaluation(lambda weight, X, y: solver.run(zero, weight, X, y).params)
 
-    def coordinates(**settings: object) -> Evaluation:
-        solver = package.BlockCoordinateDescent(package.objective.least_squares, package.prox.prox_lasso, **settings)
-        return evaluation(lambda weight, X, y: solver.run(zero, weight, (X, y)).params)
-
-    t = 1 / (float(jnp.linalg.norm(X, 2)) ** 2 / len(y) / (4 if logistic else 1))
     tight = functools.partial(package.linear_solve.solve_normal_cg, tol=1e-10, maxiter=10_000)
-    made = {
+    return {
         "proximal gradient": proximal(),
-        "proximal gradient, tight": proximal(stepsize=t, maxiter=100_000, tol=1e-10, implicit_diff_solve=tight),
+        "proximal gradient, tight": proximal(
+            stepsize=step_size(problem), maxiter=100_000, tol=1e-10, implicit_diff_solve=tight
+        ),
     }
-    if problem.kind == "lasso":
-        made["coordinate descent, tight"] = coordinates(maxiter=10_000, tol=1e-10, implicit_diff_solve=tight)
-    return made
 
 
 def cvxpylayers(problem: HoldOut) -> dict[str, Evaluation]:

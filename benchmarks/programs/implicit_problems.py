@@ -51,8 +51,8 @@ class HoldOut:
             return self.loss(prediction, self.y_val)
         return (prediction - self.y_val).square().mean()
 
-    def truth(self, b: Tensor) -> tuple[float, float]:
-        """outer and d outer / d log lam at the solution near b, by Newton's method on the active features.
+    def truth(self, b: Tensor) -> tuple[tuple[float, float], int]:
+        """(outer, d outer / d log lam) at the solution near b, by Newton's method on the active features; their number.
 
         Raises `ArithmeticError` unless the optimality conditions hold, on all features, to 1e-10 of the weight.
         """
@@ -74,7 +74,7 @@ class HoldOut:
             raise ArithmeticError("the reference is no solution")
         moved = -torch.linalg.solve(hessian, torch.func.jacrev(slope, argnums=1)(u, logs))
         outer = torch.func.grad(self.outer)(full)[active]
-        return float(self.outer(full)), float(outer @ moved)
+        return (float(self.outer(full)), float(outer @ moved)), len(active)
 
 
 def random_problem(kind: str, n: int, p: int, active: int) -> HoldOut:
