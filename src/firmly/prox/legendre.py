@@ -30,7 +30,7 @@ class Legendre:
 
     - `h.slope`: the slopes of rho, and `h.lipschitz` the largest of them, L (infinite for exp and hypentropy);
     - `h.log_derivative_bound`: kappa = sup |(log rho')'|, infinite where rho' jumps;
-    - `h.ratio(b)`: sup_u rho'(u + b) / rho'(u), at most exp(kappa |b|); it falls for b < 0 and grows for b > 0.
+    - `h.ratio(b)`: sup_u rho'(u + b) / rho'(u), at most exp(kappa |b|), largest on an interval at one of its ends.
 
     Pairs are frozen values: two of the same parameters are equal. A subclass gives `_value`, `_inverse`, `_potential`,
     `log_derivative` and the constants; between two neighbours of `extrema` its slope is monotone.
