@@ -50,6 +50,11 @@ class Problem:
 
     def solve_linear(self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         """(I - J)^-T v or (I - J)^-1 v, with its residual measured."""
+        size = v.abs().amax(1, keepdim=True)
+        size = torch.where((size > 0) & torch.isfinite(size), size, 1)
+        return size * self.solve_scaled(transposed, x, v / size, parameters)  # squares of v do not vanish
+
+    def solve_scaled(self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         apply = self.pull if transposed else self.push
 
         def system(u: Tensor) -> Tensor:
@@ -197,13 +202,13 @@ def one_by_one(
 
 
 def solve_dense(system: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-    """The solution of every row's system from its matrix, column by column."""
+    """The solution of every row's system from its matrix, column by column; not finite where that is singular."""
     columns = []
     for k in range(v.shape[1]):
         unit = torch.zeros_like(v)
         unit[:, k] = 1
         columns.append(system(unit))
-    return torch.linalg.solve(torch.stack(columns, 2), v)
+    return torch.linalg.solve_ex(torch.stack(columns, 2), v).result
 
 
 def normal_cg(

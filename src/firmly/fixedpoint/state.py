@@ -10,6 +10,8 @@ from torch import Tensor
 
 from firmly.errors import DataError, ShapeError
 
+UNDERFLOW = 1e-150  # squares of smaller numbers vanish in double precision
+
 
 class Layout:
     """How a state is laid out: one tensor (batch, ...), or a (named) tuple of them with the same batch and dtype."""
@@ -52,8 +54,13 @@ def norms(flat: Tensor) -> Tensor:
 
 
 def relative_residual(image: Tensor, x: Tensor) -> Tensor:
-    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where a norm is not finite: x that grows
-    without bound has a norm that overflows before that of the difference does."""
-    size = torch.maximum(norms(image), norms(x))
+    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where a norm is not finite.
+
+    Squares of large and of small numbers leave the range of a precision before the numbers do. So norms are taken in
+    double precision; where one overflows x grows without bound, and where all underflow only equality counts.
+    """
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    size = torch.maximum(*(torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in (image, x)))
     size = torch.where(torch.isfinite(size), size, torch.nan)
-    return torch.where(size == 0, 0, norms(image - x) / size)
+    ratio = torch.linalg.vector_norm(image - x, dim=1, dtype=wide) / size
+    return torch.where(size < UNDERFLOW, (image != x).any(1), ratio).to(x.real.dtype)
