@@ -11,6 +11,7 @@ from firmly.fixedpoint.proximal_gradient import ProximalGradient
 from firmly.fixedpoint.quadratic_program import QuadraticProgram, quadratic_program
 from firmly.fixedpoint.solve import Solution, Status, solve
 from firmly.fixedpoint.solvers import Anderson, Broyden, Newton, Picard
+from firmly.fixedpoint.stochastic_bilevel import StochasticSolution, stochastic_bilevel
 
 __all__ = [
     "AdjointWarning",
@@ -32,6 +33,7 @@ __all__ = [
     "QuadraticProgram",
     "Solution",
     "Status",
+    "StochasticSolution",
     "Unrolled",
     "bilevel",
     "contraction_factor",
@@ -44,5 +46,6 @@ __all__ = [
     "k_folds",
     "quadratic_program",
     "solve",
+    "stochastic_bilevel",
     "sure",
 ]

@@ -112,18 +112,7 @@ class Search:
         mapped: Callable[[Any], Any] | None,
     ):  # fmt: skip
         self.inner, self.outer, self.callback, self.mapped = inner, outer, callback, mapped
-        self.like, parts = parameters, leaves(parameters)
-        if not parts or not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
-            raise SettingsError("the parameters are real floating-point tensors, in tuples, lists and dictionaries")
-        if len({(p.dtype, p.device) for p in parts}) > 1:
-            raise DataError(f"the parameters share a dtype and a device, given {[(p.dtype, p.device) for p in parts]}")
-        flat = torch.cat([p.detach().flatten() for p in parts])
-        if flat.numel() == 0 or not bool(torch.isfinite(flat).all()):
-            raise ConditionError("the parameters of a bilevel problem are finite numbers, at least one")
-        if mapped is None and not bool((flat > 0).all()):
-            raise ConditionError(
-                "the parameters of a bilevel problem are positive, they enter by their logs: `mapped` lifts this"
-            )
+        self.like, flat = parameters, entries(parameters, positive=mapped is None)
         low, high = (0.0 if mapped is None else -math.inf, math.inf) if bounds is None else bounds
         if bounds is not None and not (-math.inf < low < high < math.inf and (low > 0 or mapped is not None)):
             raise ConditionError(f"bounds are (low, high), finite, low < high, and 0 < low for logs, given {bounds}")
@@ -144,8 +133,7 @@ class Search:
         return place.exp() if self.mapped is None else place
 
     def shaped(self, flat: Tensor) -> Any:
-        parts = iter(flat.split([leaf.numel() for leaf in leaves(self.like)]))
-        return rebuilt(self.like, lambda leaf: next(parts).reshape(leaf.shape))
+        return shaped(flat, self.like)
 
     def next_tol(self) -> float:
         return max(self.tol, FIRST * DECAY ** len(self.history))
@@ -215,6 +203,30 @@ class Search:
         left = lambda: count - len(self.history)  # noqa: E731
         slack = lambda point: math.sqrt(self.next_tol()) * abs(point.objective)  # noqa: E731
         return Descent(attempt, self.low, self.high, left, slack).run(self.solve(self.first))
+
+
+def entries(parameters: Any, positive: bool) -> Tensor:
+    """All numbers of the parameters as one vector, once they are what a search can start from."""
+    parts = leaves(parameters)
+    if not parts or not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
+        raise SettingsError("the parameters are real floating-point tensors, in tuples, lists and dictionaries")
+    if len({(p.dtype, p.device) for p in parts}) > 1:
+        raise DataError(f"the parameters share a dtype and a device, given {[(p.dtype, p.device) for p in parts]}")
+    flat = torch.cat([p.detach().flatten() for p in parts])
+    if flat.numel() == 0 or not bool(torch.isfinite(flat).all()):
+        raise ConditionError("the parameters of a bilevel problem are finite numbers, at least one")
+    if positive and not bool((flat > 0).all()):
+        raise ConditionError(
+            "the parameters of a bilevel problem are positive, they enter by their logs; numbers of any sign enter "
+            "`bilevel` by `mapped`"
+        )
+    return flat
+
+
+def shaped(flat: Tensor, like: Any) -> Any:
+    """The numbers as a tree of tensors like this one."""
+    parts = iter(flat.split([leaf.numel() for leaf in leaves(like)]))
+    return rebuilt(like, lambda leaf: next(parts).reshape(leaf.shape))
 
 
 def leaves(tree: Any) -> list[Any]:
