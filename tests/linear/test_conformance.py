@@ -78,6 +78,12 @@ MAPS: dict[str, LinearMap] = {
     "Adjoint": linear.Convolution(normal(3, 2, 3, 3), (2, 6, 5)).T,
     "Monotone": linear.Monotone(linear.Dense(normal(4, 7)), 0.3, linear.Dense(normal(7, 7))),
     "Monotone convolution": MONOTONE,
+    "Tiers": linear.Tiers(
+        {(0, 0): normal(2, 2, 3, 3), (1, 0): normal(3, 2, 3, 3, seed=1)},
+        (linear.Tier(2, 2),),
+        (linear.Tier(2, 2), linear.Tier(3, 1)),
+        (3, 2),
+    ),
     "LoopResolvent": linear.LoopResolvent(linear.Monotone(linear.Dense(normal(4, 7)), 0.3), 0.8),
     "LoopResolvent of a convolution": linear.LoopResolvent(MONOTONE, 0.8),
     **_resolvents(),

@@ -23,6 +23,7 @@ from firmly.linear.resolvent import Resolvent
 from firmly.linear.sparse import Sparse
 from firmly.linear.spectrum import singular_basis
 from firmly.linear.symbol import Symbol
+from firmly.linear.tiers import Tier, Tiers, from_phases, phases
 from firmly.linear.wavelet import Wavelet
 
 __all__ = [
@@ -54,12 +55,16 @@ __all__ = [
     "Stack",
     "Sum",
     "Symbol",
+    "Tier",
+    "Tiers",
     "Wavelet",
     "balanced_step",
     "from_deepinv",
+    "from_phases",
     "from_pylops",
     "from_scipy",
     "is_gram",
     "monotonicity",
+    "phases",
     "singular_basis",
 ]

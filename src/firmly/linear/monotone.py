@@ -15,6 +15,7 @@ from firmly.linear.convolution import Convolution
 from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.norms import EPS, exact_symbol, norm_of_blocks
 from firmly.linear.symbol import Symbol
+from firmly.linear.tiers import Tiers
 
 FEWEST_CHANNELS = 8  # from which on products of frequencies are faster than sums over the taps of four convolutions
 POWER_STEPS = 4
@@ -41,7 +42,9 @@ class Monotone(LinearMap):
         self.hold("margin", torch.tensor(float(margin), dtype=torch.float64))
         self.blocks = Blocks(self)
         self._by_frequency = self.domain[0] >= FEWEST_CHANNELS and all(
-            isinstance(part, Convolution) and part.padding == "circular" for part in (A, B) if part is not None
+            isinstance(part, Tiers) or (isinstance(part, Convolution) and part.padding == "circular")
+            for part in (A, B)
+            if part is not None
         )
 
     def _apply_map(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from firmly.networks.ista_net import IstaNet, IstaNetPlus
 from firmly.networks.learned_tv import learned_tv, tv_objective
 from firmly.networks.lista import lista
 from firmly.networks.monotone import MonotoneLayer
+from firmly.networks.monotone_scales import MultiscaleMonotoneLayer
 from firmly.networks.sparse_network import SparseNetwork
 from firmly.networks.support_selection import Selection
 from firmly.networks.unroll import Unrolled, unroll
@@ -43,6 +44,7 @@ __all__ = [
     "IstaNetPlus",
     "LogDet",
     "MonotoneLayer",
+    "MultiscaleMonotoneLayer",
     "OnBox",
     "Residual",
     "Selection",
