@@ -94,7 +94,8 @@ def stochastic_bilevel(
         objective, _, gradient = search.means()
         if not (math.isfinite(objective) and bool(torch.isfinite(gradient).all())):
             raise NotConverged(
-                "the outer objective or its gradient is no longer finite: the inner problem is to be smooth and strongly convex"
+                "the outer objective or its gradient is no longer finite: the inner problem is to be smooth and "
+                "strongly convex"
             )
         history.append(Epoch(search.shaped(search.q.exp()), objective, search.shaped(gradient)))
         if callback is not None:
