@@ -255,6 +255,8 @@ def test_states_so_small_that_their_squares_vanish_or_so_large_that_they_overflo
     with torch.no_grad():
         small = fixed_point(lambda x: 0.5 * x + size, start)
         assert small.converged and float(small.state[0, 0]) == pytest.approx(2 * size, rel=1e-3)
+        solved = fm.solve(fm.algorithms.HeavyBall(fm.linear.Identity((2,)), step_size=0.5), start + size, start=start)
+        assert float(solved.x[0, 0]) == pytest.approx(size, rel=1e-4)
         growing = fixed_point(lambda x: 1.5 * x + 1, start, max_iterations=2000)
         assert not growing.converged and "not finite" in str(growing.status)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from firmly.algorithms.algorithm import Algorithm, check
 from firmly.errors import DataError, SettingsError, ShapeError
+from firmly.fixedpoint.state import in_range, relative_residual
 
 CHECK_EVERY = 10  # iterations between residuals of methods with momentum or relaxation, where each costs a step
 
@@ -126,9 +127,10 @@ def refuse_bad(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def relative_change(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> float:
     """max over the batch of |new - old| / max(|new|, |old|), 0 where both vanish; NaN if any value is not finite."""
     size = torch.maximum(batch_norm(new), batch_norm(old))
-    change = batch_norm(tuple(n - o for n, o in zip(new, old, strict=True)))
-    ratio = torch.where(size > 0, change / size, size)
-    return float(ratio.max()) if bool(torch.isfinite(size).all()) else math.nan
+    if bool(in_range(size).all()):
+        return float((batch_norm(tuple(n - o for n, o in zip(new, old, strict=True))) / size).max())
+    flat = (torch.cat([part.flatten(1) for part in state], 1) for state in (new, old))
+    return float(relative_residual(*flat).max())
 
 
 def batch_norm(state: tuple[Tensor, ...]) -> Tensor:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from firmly.errors import DataError, ShapeError
 
-UNDERFLOW = 1e-150  # squares of smaller numbers vanish in double precision
-
 
 class Layout:
     """How a state is laid out: one tensor (batch, ...), or a (named) tuple of them with the same batch and dtype."""
@@ -54,13 +52,23 @@ def norms(flat: Tensor) -> Tensor:
 
 
 def relative_residual(image: Tensor, x: Tensor) -> Tensor:
-    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where a norm is not finite.
+    """|T(x) - x| / max(|T(x)|, |x|) of every row, 0 where both vanish, NaN where an entry is not finite.
 
-    Squares of large and of small numbers leave the range of a precision before the numbers do. So norms are taken in
-    double precision; where one overflows x grows without bound, and where all underflow only equality counts.
+    The squares in a norm overflow and underflow long before the numbers do, and a difference that vanishes or a size
+    that is infinite would look like convergence: such rows are scaled first.
     """
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    size = torch.maximum(*(torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in (image, x)))
-    size = torch.where(torch.isfinite(size), size, torch.nan)
-    ratio = torch.linalg.vector_norm(image - x, dim=1, dtype=wide) / size
-    return torch.where(size < UNDERFLOW, (image != x).any(1), ratio).to(x.real.dtype)
+    size = torch.maximum(norms(image), norms(x))
+    if torch.compiler.is_exporting() or bool(in_range(size).all()):
+        return torch.where(size > 0, norms(image - x) / size, size)
+    scale = torch.maximum(image.abs().amax(1), x.abs().amax(1))
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    by = torch.where(scale == 0, 1, scale)[:, None]
+    image, x = image / by, x / by
+    size = torch.maximum(norms(image), norms(x))
+    return torch.where(size == 0, 0, norms(image - x) / size)
+
+
+def in_range(size: Tensor) -> Tensor:
+    """Whether a difference that matters beside a norm of this size has a norm of its own."""
+    limits = torch.finfo(size.dtype)
+    return (size > limits.tiny**0.5 / limits.eps) & torch.isfinite(size)
