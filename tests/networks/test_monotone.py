@@ -9,9 +9,10 @@ from torch.func import functional_call
 from firmly.algorithms import EquilibriumForwardBackward, PeacemanRachford
 from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError, ShapeError
 from firmly.fixedpoint import Status, equilibrium
+from firmly.fixedpoint.equilibrium import Attached, Slopes, by_splitting
 from firmly.linear import Convolution, Monotone, monotonicity
 from firmly.networks import MonotoneLayer
-from firmly.prox import L1, MCP, ElasticNet, NonNegative
+from firmly.prox import L1, MCP, ElasticNet, GroupL1, NonNegative
 
 double = {"dtype": torch.float64}
 
@@ -160,3 +161,78 @@ def test_frozen_layers_record_no_graph():
     layer = made(3, 4, 0.5).requires_grad_(False)
     assert not layer(data(2, 3)).requires_grad
     assert layer(data(2, 3).requires_grad_()).requires_grad
+
+
+def test_priors_whose_derivative_is_not_diagonal():
+    """Groups of channels: the transposed system is solved by GMRES."""
+    layer = made(2, 4, 0.6, spatial=(5,), prior=GroupL1(0.3))
+    names = [n for n, _ in layer.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def run(x, *parameters):
+        return functional_call(layer, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(run, (data(2, 2, 5).requires_grad_(), *values), fast_mode=True)
+
+
+def test_a_gradient_that_is_not_reached_is_refused():
+    layer = made(3, 4, 0.5)
+    splitting, x = layer.algorithm(), data(2, 3).requires_grad_()
+    entering = splitting.loop(layer(x)) + layer.input_map(x) + layer.bias
+    u, residual = by_splitting(splitting, entering, torch.ones_like(entering), 1e-12, 1)
+    assert residual > 1e-3
+    value = Attached.apply(entering, lambda g: (u, residual), 1e-11)
+    with pytest.raises(NotConverged, match="the gradient of an equilibrium was not reached"):
+        value.sum().backward()
+
+
+def test_a_linear_activation_has_the_prox_of_its_function():
+    d, z = torch.tensor([[0.0, 0.3, 0.7, 1.0]], **double), data(1, 4)
+    prior = Slopes(d)
+    for step in (1.0, 0.4, 3.0):
+        x = prior.prox(z, step)
+        optimality = x - z + step * torch.where(d > 0, (1 / d - 1) * x, z - x)
+        inner = (d > 0) & (d < 1)
+        assert torch.allclose(optimality[inner], torch.zeros(()).double()) and x[0, 0] == 0 and x[0, 3] == z[0, 3]
+    torch.testing.assert_close(prior.prox(z), d * z)
+    x = torch.tensor([[0.0, 2.0, 1.0, 5.0]], **double)
+    torch.testing.assert_close(prior.value(x), torch.tensor([0.5 * ((1 / 0.3 - 1) * 4 + (1 / 0.7 - 1))], **double))
+
+
+def test_a_loose_tolerance_gives_loose_gradients_within_it():
+    layer, x = made(2, 8, 0.5, spatial=(6, 6)), data(2, 2, 6, 6)
+    exact = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    layer.tol = 1e-3
+    loose = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for a, b in zip(exact, loose):
+        assert 0 < float((a - b).norm()) <= 0.05 * float(a.norm())
+
+
+def test_the_fully_connected_network_of_the_paper():
+    """784 to 87 with margin 1: at most 30 iterations to 1e-6 with step 1/2, and the gradient of unrolled iterations."""
+    layer, x = made(784, 87, 1.0), data(4, 784).requires_grad_()
+    layer.step_size, layer.tol = 0.5, 1e-6
+    assert layer.solve(x).iterations <= 30
+    layer.tol = None
+    (implicit,) = torch.autograd.grad(layer(x).square().sum(), x)
+    algorithm, w = layer.algorithm(), layer.input_map(x) + layer.bias
+    state = algorithm.start(w)
+    for k in range(200):
+        state = algorithm.step(state, w, k)
+    (unrolled,) = torch.autograd.grad(algorithm.read(state).square().sum(), x)
+    torch.testing.assert_close(implicit, unrolled, rtol=0, atol=1e-9)
+    J = torch.autograd.functional.jacobian(layer, x[:1].detach()).reshape(87, 784)
+    assert float(torch.linalg.matrix_norm(J, 2)) <= layer.lipschitz_bound()
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_moves_between_devices_and_precisions(device):
+    layer = made(2, 8, 0.5, spatial=(4, 4))
+    x = data(2, 2, 4, 4)
+    expected = layer(x)
+    moved = layer.to(device, torch.float32)
+    torch.testing.assert_close(moved(x.to(device).float()).cpu().double(), expected, rtol=0, atol=1e-4)
+    layer.to("cpu", torch.float64)

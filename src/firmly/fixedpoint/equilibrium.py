@@ -93,6 +93,7 @@ def finest_equilibria() -> Iterator[list[float]]:
         _errors.reset(token)
 
 
+@torch.no_grad()
 def by_splitting(
     splitting: Splitting, entering: Tensor, gradient: Tensor, tol: float, max_iterations: int
 ) -> tuple[Tensor, float]:
