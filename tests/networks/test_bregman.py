@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import firmly as fm
-from firmly.errors import ConditionError, DataError, NotCertifiable, SettingsError, ShapeError
+from firmly.errors import ConditionError, DataError, NotCertifiable, SettingsError, ShapeError, VerificationError
 from firmly.linear import Convolution, Dense
 from firmly.networks import BregmaNet, BregmanLayer, BregmanMean
 from firmly.prox import Legendre, RowStochastic, legendre
@@ -259,6 +259,15 @@ def test_means_that_select_are_linear():
     assert fm.certify(net).upper > math.sqrt(2) * (1 - 1e-9)
     u = torch.randn(3, 2, dtype=torch.float64)
     assert torch.allclose(net.layers[0].skip(u), u.repeat(1, 2), rtol=1e-12)
+
+
+def test_certificate_files(tmp_path):
+    net = learned(BregmaNet([4, 3, 3], activation="tanh"))
+    fm.certify(net, budget_s=3).save(tmp_path / "net.certificate")
+    fm.verify(tmp_path / "net.certificate", net)
+    net.layers[0].skip.average.raw.data[0] += torch.tensor([0.3, 0.0, 0.0, 0.0], dtype=torch.float64)
+    with pytest.raises(VerificationError):
+        fm.verify(tmp_path / "net.certificate", net)
 
 
 def test_pooled_means_are_certified():

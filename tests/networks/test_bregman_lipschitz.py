@@ -157,3 +157,20 @@ def test_known_slopes_are_recorded():
 
     certificate = fm.certify(Net(), shape=(2,))
     assert certificate.upper == pytest.approx(0.5)
+
+
+def test_saturated_boxes():
+    """Slopes that underflow on both sides of a quotient, and ranges around the zeros of inverses."""
+    net = disturbed(BregmaNet(3, 2, "tanh"), 0, 0.1)
+    bound = bounds_on_box(net, 400.0, 401.0)
+    assert 1.0 <= bound.dual <= 1.0 + 1e-9
+    assert math.isfinite(bound.primal)
+    for name in ("sigmoid", "softplus", "bent"):
+        pair = legendre(name)
+        net = disturbed(BregmaNet(2, 1, name, form="primal"), 0, 0.1)
+        x = pair(torch.tensor([0.0, 1e-9], dtype=torch.float64))
+        (low, high), *_ = ranges_of(net, x, x)
+        assert bool((low <= torch.tensor([0.0, 1e-9])).all() and (high >= torch.tensor([0.0, 1e-9])).all())
+        assert float((high - low).max()) < 1e-11
+    with pytest.raises(NotCertifiable):
+        bounds_on_box(BregmaNet(2, 1, "exp"), 800.0, 801.0)

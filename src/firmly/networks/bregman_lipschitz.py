@@ -29,6 +29,8 @@ from firmly.prox.row_stochastic import RowStochastic
 
 OUTWARD = 1e-12  # relative, for the rounding of a few functions of the ends of a box
 FAR = 1e150  # beyond it slopes are those at infinity
+TINY = 1e-290  # slopes below it are not computed with full accuracy
+LARGEST = torch.finfo(torch.float64).max
 LARGEST_MATRIX = 2**24  # entries
 
 Range = tuple[Tensor, Tensor]  # low and high, (*shape) in float64; ends may be infinite
@@ -90,7 +92,7 @@ def bounds_on_box(net: BregmaNet, low: float | Tensor = -math.inf, high: float |
     found = BoundsOnBox(
         tuple(layer_on_box(layer, u, after) for layer, (u, after) in zip(net.layers, itertools.pairwise(ranges)))
     )
-    if found.primal == found.dual == math.inf:
+    if not (found.primal < math.inf or found.dual < math.inf):
         raise NotCertifiable(
             f"no finite bound on this box in the coordinates of {net.activation}: give a bounded box of inputs"
         )
@@ -182,9 +184,8 @@ def layer_on_box(layer: BregmanLayer, u: Range, after: Range) -> LayerOnBox:
 def slope_limits(pair: Legendre, u: Range) -> Range:
     """The smallest and the largest slope of rho on the range of every entry."""
     low, high = pair.slopes_between(u[0].clamp(-FAR, FAR), u[1].clamp(-FAR, FAR))
-    endless = u[0].isinf() | u[1].isinf()  # where the slope may fall to its infimum, or rise to its supremum
-    low, high = low * (1 - OUTWARD), high * (1 + OUTWARD)
-    low, high = torch.where(endless, pair.slope.low, low), torch.where(endless & (high > FAR), math.inf, high)
+    endless = u[0].isinf() | u[1].isinf()  # where the slope may fall to its infimum
+    low, high = torch.where(endless | (low < TINY), 0.0, low * (1 - OUTWARD)), high.clamp(min=TINY) * (1 + OUTWARD)
     return low.clamp(min=pair.slope.low), high.clamp(max=pair.slope.high)
 
 
@@ -208,15 +209,22 @@ def ranges_of(net: BregmaNet, low: float | Tensor, high: float | Tensor) -> list
     for layer in net.layers:
         assert isinstance(layer, BregmanLayer)
         middle, push = skipped(layer, u), pushed(layer, u)
-        u = wider((middle[0] + push[0], middle[1] + push[1]))
+        u = added(middle, push)
         ranges.append(u)
     return ranges
 
 
-def wider(values: Range) -> Range:
-    """The range and the rounding that it was computed with."""
-    low, high = values
-    return low - OUTWARD * low.abs().nan_to_num(posinf=0.0), high + OUTWARD * high.abs().nan_to_num(posinf=0.0)
+def wider(values: Range, *parts: Range) -> Range:
+    """The range with the rounding of its computation, relative to itself and to the parts that it was made of."""
+    low, high = (
+        end + sign * OUTWARD * sum(finite(of[i]).abs() for of in (values, *parts))
+        for i, (sign, end) in enumerate(zip((-1, 1), values))
+    )
+    return low.clamp(max=LARGEST), high.clamp(min=-LARGEST)  # an end that overflowed to the wrong side is inside again
+
+
+def added(first: Range, second: Range) -> Range:
+    return wider((first[0] + second[0], first[1] + second[1]), first, second)
 
 
 def to_primal(pair: Legendre, u: Range) -> Range:
@@ -232,7 +240,8 @@ def to_dual(pair: Legendre, x: Range) -> Range:
     bottom, top = pair.domain
     middle = pair(torch.zeros_like(x[0]))
     inside = [torch.where((end > bottom) & (end < top), end, middle) for end in x]
-    low, high = wider((pair._inverse(inside[0]), pair._inverse(inside[1])))
+    ones = torch.ones_like(inside[0])  # inverses have zeros, where their error is that of their argument
+    low, high = wider((pair._inverse(inside[0]), pair._inverse(inside[1])), (inside[0], inside[1]), (ones, ones))
     low = torch.where(x[0] <= bottom, -math.inf, low)
     return low, torch.where(x[1] >= top, math.inf, high)
 
@@ -251,8 +260,8 @@ def skipped(layer: BregmanLayer, u: Range) -> Range:
 def pushed(layer: BregmanLayer, u: Range) -> Range:
     """The range of W rho(u) + b."""
     low, high = monotone(*split(layer.linear), to_primal(layer.activation, u))
-    low, high, bias = low.reshape(m := layer.linear.codomain), high.reshape(m), layer.bias.detach().double()
-    return wider((low + bias, high + bias))
+    shape, bias = layer.linear.codomain, layer.bias.detach().double().expand(layer.linear.codomain)
+    return added((low.reshape(shape), high.reshape(shape)), (bias, bias))
 
 
 def monotone(plus: LinearMap, minus: LinearMap | None, x: Range) -> Range:
