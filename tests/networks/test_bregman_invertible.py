@@ -162,6 +162,11 @@ def test_the_proof_is_made_anew_when_weights_change():
         layer.outer.weight.fill_(-1.5)
     with pytest.raises(ConditionError):
         invertibility(layer)
+    other = fm.networks.BregmanLayer(Dense(-1.5 * torch.ones(1, 1)), legendre("sigmoid"))
+    assert invertibility(other).margin == pytest.approx(1 - 1.5 / 4)
+    other.activation = TANH
+    with pytest.raises(ConditionError):
+        invertibility(other)
 
 
 # -- inverses ----------------------------------------------------------------------------------------------------------
@@ -392,5 +397,5 @@ def test_a_monotone_map_by_construction_needs_no_eigenvalues():
     maps = [Convolution(torch.randn(1, 1, 3, 3), shape, "zero") for _ in range(2)]
     W: LinearMap = Scale(-1.0, Monotone(maps[0], 0.2, maps[1]))
     assert invertibility(Residual(W, TANH)).margin == pytest.approx(0.2, abs=1e-12)
-    with pytest.raises(ConditionError):
+    with pytest.raises(ConditionError, match="no eigenvalue bound of Sum"):
         invertibility(Residual(W + (-0.3) * Identity(shape), TANH))

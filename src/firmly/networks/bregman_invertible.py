@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,17 @@ from firmly.networks.bregman_scaling import Rescaled, diagonal_scaling
 SLACK = 4e-16  # of the few operations after a proof
 
 
+class Activation(Protocol):
+    """An increasing function of every entry with slopes in (0, lipschitz]: a Legendre pair, for one."""
+
+    @property
+    def lipschitz(self) -> float: ...
+
+    def __call__(self, u: Tensor) -> Tensor: ...
+
+    def derivative(self, u: Tensor) -> Tensor: ...
+
+
 class Residual(nn.Module):
     """g(u) = V rho(K u + c) + b, whose layer is F(u) = u + g(u), for a separable rho with slopes in (0, L].
 
@@ -35,7 +46,7 @@ class Residual(nn.Module):
     def __init__(
         self,
         outer: LinearMap,
-        activation: Any,
+        activation: Activation,
         bias: Tensor | float = 0.0,
         inner: LinearMap | None = None,
         shift: Tensor | float = 0.0,
@@ -89,7 +100,19 @@ class Invertibility:
     scale: Tensor | None = None
 
 
-_known: WeakKeyDictionary[nn.Module, Memo[Invertibility]] = WeakKeyDictionary()
+class Known:
+    """The proof of a layer, for as long as its maps, the values in them and L are what they were."""
+
+    def __init__(self, residual: Residual):
+        self.outer, self.inner, self.lipschitz = residual.outer, residual.inner, residual.activation.lipschitz
+        self.memo: Memo[Invertibility] = Memo()
+
+    def fits(self, residual: Residual) -> bool:
+        same = self.outer is residual.outer and self.inner is residual.inner
+        return same and self.lipschitz == residual.activation.lipschitz
+
+
+_known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def residual_of(layer: nn.Module) -> Residual:
@@ -109,11 +132,16 @@ def invertibility(layer: nn.Module) -> Invertibility:
 
     Tried in turn, for rho with slopes in (0, L]: (a) |V| |K| L < 1; (b) lam_min(sym KV) > -1/L, where the norm may be
     as large as it likes; (c) the same for S KV S^-1 with a positive diagonal S that is searched for (small maps).
-    Eigenvalues are bounded in float64 with their rounding, by Cholesky factorisations. Raises `ConditionError` with the
-    condition that failed and by how much. The answer is kept while the weights are unchanged.
+    Eigenvalues are bounded in float64 with their rounding, by Cholesky factorisations. The answer is kept while the
+    weights are unchanged. Raises `ConditionError` with the condition that failed and by how much, and `NotCertifiable`
+    for maps without a certified norm.
     Source: docs/theory/bregman; (a) is Behrmann et al., Invertible residual networks, ICML 2019.
     """
-    return _known.setdefault(layer, Memo()).get(layer, lambda: _prove(residual_of(layer)))
+    residual = residual_of(layer)
+    known = _known.get(layer)
+    if known is None or not known.fits(residual):
+        known = _known[layer] = Known(residual)
+    return known.memo.get(residual, lambda: _prove(residual))
 
 
 @torch.no_grad()
@@ -139,6 +167,12 @@ def _prove(residual: Residual) -> Invertibility:
         scale = diagonal_scaling(torch.eye(square.domain[0], dtype=torch.float64) + L * square.matrix().cpu())
         if scale is not None and (found := proved_margin(Rescaled(square, scale, scale), L)) > 0:
             condition, stretch, margin = "diagonal", float(scale.max() / scale.min()), found
+    if margin == -math.inf:
+        raise ConditionError(
+            f"the layer is not proved to be invertible: no eigenvalue bound of {type(square).__name__} {square.domain} is "
+            f"known, which is neither a circular convolution nor small, and (a) |W| L = {gain:.6g} < 1 fails; use "
+            "firmly.networks.invertible_weight, which satisfies (b) by its form"
+        )
     if not margin > 0:
         raise ConditionError(
             f"the layer is not proved to be invertible: lam_min(sym W) > -1/L = {-1 / L:.6g} is condition (b), and all "
@@ -157,9 +191,12 @@ def _prove(residual: Residual) -> Invertibility:
 def proved_margin(square: LinearMap, L: float) -> float:
     """A proved m with <(I + L W) h, h> >= m |h|^2, also if L is off by a rounding; negative if none is found."""
     if isinstance(square, Scale) and isinstance(square.of, Monotone):
-        # W = factor M with factor close to -1/L, so I + L W = (I - M) + (1 + L factor) M
-        off = abs(1 + L * float(square.factor)) + 2 * SLACK
-        return float(square.of.margin) - off * square.of.norm().upper * (1 + SLACK)
+        # W = f M with f close to -1/L, so I + L W = (I - M) + (1 + L f) M
+        f = float(square.factor)
+        off = abs(1 + L * f) + 2 * SLACK * (1 + abs(L * f))
+        margin = float(square.of.margin) - off * square.of.norm().upper * (1 + SLACK)
+        if margin > 0:
+            return margin
     try:
         return monotonicity(Scale(-L, square)) - 2 * SLACK * L * square.norm().upper
     except NotCertifiable:
