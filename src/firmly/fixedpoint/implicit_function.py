@@ -105,9 +105,7 @@ class Problem:
             else "I - J is singular or nearly so, where the solution has no derivative, or the tolerance is too small"
         )
         if isinstance(self.adjoint, Implicit) and callable(self.adjoint.solver):
-            reason += (
-                "; or the solution lies at a kink, or the manifold is not that of the prox: Implicit('gmres') shows"
-            )
+            reason += "; or the solution lies at a kink, or the linear solver does not fit the map there"
         raise NotConverged(f"{text}: {reason}")
 
 
