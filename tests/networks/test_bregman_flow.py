@@ -161,7 +161,7 @@ def test_tables(tmp_path):
     assert torch.allclose(split.train.std(0), torch.ones(13, dtype=torch.float64))
     with pytest.raises(SettingsError, match="wine"):
         table_split("cars", 0)
-    settings = FlowSettings(depth=1, width=4, steps=40, batch=64, seeds=1)
+    settings = FlowSettings(depth=1, width=4, steps=40, batch=64, seeds=1, decays=(0.0, 5.0))
     trained = fit_table("wine", "one-sided", settings, 0, RunFolder(tmp_path))
     assert -25 < trained.test < -10
     assert -25 < gaussian_likelihood("wine", 0) < -10

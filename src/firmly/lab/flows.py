@@ -24,7 +24,8 @@ STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262) 
 @dataclass(frozen=True)
 class FlowSettings:
     """`depth` layers of `width` activations with slopes bounded away from folding by `margin`; `steps` batches of
-    `batch` points; `seeds` trainings of each flow, whose test likelihood is taken on `test` points."""
+    `batch` points; `seeds` trainings of each flow, whose test likelihood is taken on `test` points. On tables the weight decay is the
+    one of `decays` that is best on the validation rows."""
 
     depth: int = 4
     width: int = 32
@@ -34,11 +35,13 @@ class FlowSettings:
     learning_rate: float = 5e-3
     test: int = 20_000
     seeds: int = 3
+    decays: tuple[float, ...] = (0.01, 1.0, 5.0)
 
     def __post_init__(self) -> None:
         require(min(self.depth, self.width, self.seeds) >= 1, "depth, width and seeds are at least 1")
         require(0 < self.margin < 1, f"margin lies in (0, 1); given {self.margin}")
         require(self.steps >= 10 and self.batch >= 2, "at least 10 steps of batches of 2")
+        require(len(self.decays) >= 1 and min(self.decays) >= 0, f"decays are at least 0; given {self.decays}")
         require(1 <= self.seeds <= len(STUDENT), f"seeds is at most {len(STUDENT)}; given {self.seeds}")
 
 
@@ -87,7 +90,7 @@ def fit_flow(
     """
     device = next(flow.parameters()).device
     flow.start_at(sample(torch.Generator().manual_seed(plan.seed)).to(device, flow.layers[0].t.dtype))
-    validate = None if validation is None else (lambda network: float(likelihood(network.flow, validation)))
+    validate = None if validation is None else (lambda network: likelihood(network.flow, validation))
     outcome = train(
         Likelihood(flow),
         lambda generator: (lambda x: (x, x))(sample(generator)),
@@ -130,19 +133,25 @@ def fit_table(
     table: Table, condition: LayerCondition, settings: FlowSettings, seed: int, run_folder: RunFolder,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:  # fmt: skip
-    """A flow on the training rows of a split of its own, with the epoch that is best on the validation rows."""
+    """A flow on the training rows of a split of its own; the validation rows choose the epoch and the weight decay."""
     split = table_split(table, seed)
     rows = split.train.float()
-    flow = flow_of(rows.shape[1], condition, settings, seed)
     epochs = 20
-    plan = Plan(epochs, max(1, settings.steps // epochs), settings.learning_rate, weight_decay=1e-2, seed=seed)
 
     def sample(generator: torch.Generator) -> Tensor:
-        chosen = rows[torch.randint(0, len(rows), (min(settings.batch, len(rows)),), generator=generator)]
-        return chosen
+        return rows[torch.randint(0, len(rows), (min(settings.batch, len(rows)),), generator=generator)]
 
-    outcome = fit_flow(flow, sample, plan, run_folder, f"{table}-{condition}-{seed}", split.validation, callback)
-    return Trained(flow, likelihood(flow, split.test), outcome)
+    best, best_score = None, -math.inf
+    for decay in settings.decays:
+        flow = flow_of(rows.shape[1], condition, settings, seed)
+        plan = Plan(epochs, max(1, settings.steps // epochs), settings.learning_rate, weight_decay=decay, seed=seed)
+        name = f"{table}-{condition}-{decay:g}-{seed}"
+        outcome = fit_flow(flow, sample, plan, run_folder, name, split.validation, callback)
+        score = likelihood(flow, split.validation)
+        if best is None or score > best_score:
+            best, best_score = Trained(flow, likelihood(flow, split.test), outcome), score
+    assert best is not None
+    return best
 
 
 def gaussian_likelihood(table: Table, seed: int) -> float:

@@ -169,8 +169,8 @@ def _prove(residual: Residual) -> Invertibility:
             condition, stretch, margin = "diagonal", float(scale.max() / scale.min()), found
     if margin == -math.inf:
         raise ConditionError(
-            f"the layer is not proved to be invertible: no eigenvalue bound of {type(square).__name__} {square.domain} is "
-            f"known, which is neither a circular convolution nor small, and (a) |W| L = {gain:.6g} < 1 fails; use "
+            f"the layer is not proved to be invertible: no eigenvalue bound of {type(square).__name__} {square.domain} "
+            f"is known, which is neither a circular convolution nor small, and (a) |W| L = {gain:.6g} < 1 fails; use "
             "firmly.networks.invertible_weight, which satisfies (b) by its form"
         )
     if not margin > 0:
