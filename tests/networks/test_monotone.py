@@ -236,3 +236,14 @@ def test_moves_between_devices_and_precisions(device):
     moved = layer.to(device, torch.float32)
     torch.testing.assert_close(moved(x.to(device).float()).cpu().double(), expected, rtol=0, atol=1e-4)
     layer.to("cpu", torch.float64)
+
+
+def test_autocast_leaves_the_precision_of_the_loop():
+    layer = made(3, 4, 0.5).float()
+    x = data(2, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer(x)
+    w = (x.bfloat16() @ layer.input_map.weight.bfloat16().T).float() + layer.bias
+    torch.testing.assert_close(z, torch.relu(layer.loop(z) + w), rtol=0, atol=1e-5)
+    z.sum().backward()
+    assert z.dtype == torch.float32 and all(p.grad is not None for p in layer.parameters())

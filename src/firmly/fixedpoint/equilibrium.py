@@ -25,6 +25,7 @@ from firmly.prox.prior import Prior, smallest
 
 Splitting = EquilibriumForwardBackward | PeacemanRachford
 
+HALF = torch.float16, torch.bfloat16
 ADJOINT = 10  # times the tolerance is asked of the gradient, which rounds more often
 
 _errors: ContextVar[list[float] | None] = ContextVar("errors of equilibria", default=None)
@@ -33,14 +34,22 @@ _errors: ContextVar[list[float] | None] = ContextVar("errors of equilibria", def
 def equilibrium(splitting: Splitting, w: Tensor, tol: float | None = None, max_iterations: int = 10_000) -> Tensor:
     """The v with v = prox_g(W v + w) for every w of a batch, found by iterating `splitting` from w.
 
-    `tol` bounds the residual as in `solve`; None is eps^(3/4) of the precision of w. The gradient solves the transposed
-    system (I - J)^T u = gradient, J the derivative of v -> prox_g(W v + w) at the equilibrium, by GMRES to a relative
-    residual of at most 10 tol; it can be taken once. Raises `ConditionError` for loops that are not proved monotone and
-    `NotConverged` where either iteration ends above its tolerance. A traced w records the loop instead of solving it.
+    `tol` bounds the relative change by one iteration, as in `solve`; None is eps^(3/4) of the precision of w. The
+    gradient solves the transposed system (I - J)^T u = gradient, J the derivative of v -> prox_g(W v + w) at the
+    equilibrium, to a relative residual of at most 10 tol: by the splitting for a prox that acts entry by entry, else by
+    GMRES. It can be taken once. Raises `ConditionError` for loops that are not proved monotone and `NotConverged` where
+    either iteration ends above its tolerance. A traced w records the loop instead of solving it; half precision is
+    raised to single, and autocast is off inside.
     Source: Bai, Kolter and Koltun, Deep equilibrium models, 2019 (implicit differentiation).
     """
     if has_torch_function((w,)):
         return handle_torch_function(equilibrium, (w,), splitting, w, tol, max_iterations)
+    with torch.autocast(w.device.type, enabled=False):
+        return attached(splitting, w.float() if w.dtype in HALF else w, tol, max_iterations)
+
+
+def attached(splitting: Splitting, w: Tensor, tol: float | None, max_iterations: int) -> Tensor:
+    """The equilibrium with its gradient."""
     check(splitting.conditions())
     refuse_bad("the input of an equilibrium", w, splitting.data_shape)
     errors, finest = _errors.get(), torch.finfo(w.dtype).eps ** 0.75
