@@ -24,8 +24,8 @@ STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262) 
 @dataclass(frozen=True)
 class FlowSettings:
     """`depth` layers of `width` activations with slopes bounded away from folding by `margin`; `steps` batches of
-    `batch` points; `seeds` trainings of each flow, whose test likelihood is taken on `test` points. On tables the weight decay is the
-    one of `decays` that is best on the validation rows."""
+    `batch` points; `seeds` trainings of each flow, whose test likelihood is taken on `test` points. On tables the
+    weight decay is the one of `decays` that is best on the validation rows."""
 
     depth: int = 4
     width: int = 32

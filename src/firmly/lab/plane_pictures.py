@@ -1,8 +1,11 @@
-"""The picture of a grid through a layer: what folds is drawn in another colour."""
+"""Pictures of the plane: a grid through a layer, in another colour where it folds, and where points are."""
 
 from __future__ import annotations
 
 import io
+
+import torch
+from torch import Tensor
 
 from firmly.networks.bregman_grid import Grid
 
@@ -33,3 +36,14 @@ def grid_picture(grid: Grid, extent: float | None = None) -> bytes:
     buffer = io.BytesIO()
     picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS).quantize(32).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def histogram(points: Tensor, extent: float, bins: int = 140) -> Tensor:
+    """How many of the points (count, 2) are in each of bins x bins squares of [-extent, extent]^2, relative to the
+    99.5 percent quantile of those that are not empty: (bins, bins), the first row is the top."""
+    cell = torch.floor((points.double() / extent + 1) / 2 * bins).long()
+    cell = cell[((cell >= 0) & (cell < bins)).all(1)]
+    counts = torch.zeros(bins, bins, dtype=torch.float64)
+    counts.index_put_((bins - 1 - cell[:, 1], cell[:, 0]), torch.ones(len(cell), dtype=torch.float64), accumulate=True)
+    filled = counts[counts > 0]
+    return counts / torch.quantile(filled, 0.995) if len(filled) else counts
