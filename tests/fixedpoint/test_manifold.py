@@ -8,7 +8,7 @@ from tests.fixedpoint.test_layer import TRUE, FlatDense, LassoProblem
 
 import firmly as fm
 from firmly.errors import NotConverged, SettingsError
-from firmly.fixedpoint import Anderson, Implicit, implicit
+from firmly.fixedpoint import Anderson, Implicit, implicit, manifold
 from firmly.prox import (
     L1,
     L2,
@@ -116,6 +116,24 @@ def test_a_duplicated_column_gets_the_derivative_of_least_norm_and_a_flag():
     with pytest.raises(NotConverged, match="singular"):
         torch.autograd.grad(found.state.x[0, 0] - found.state.x[0, 1], weight)
     assert found.degenerate
+
+
+@pytest.mark.parametrize("name", ["l1", "mixed", "simplex", "tv"])
+def test_systems_written_out_and_by_products_agree(name, monkeypatch):
+    make, value = PRIORS[name]
+    matrix, y = numbers(40, 12) / 40**0.5, numbers(3, 40, seed=1).requires_grad_()
+
+    def solved():
+        weight = None if value is None else torch.tensor(value, dtype=torch.float64)
+        algorithm = fm.algorithms.ForwardBackward(FlatDense(matrix, SHAPE), make(weight), step_size=0.4)
+        found = implicit(algorithm, Implicit("manifold"), tol=TOL).solve(y)
+        return torch.autograd.grad((found.state.x * numbers(3, *SHAPE, seed=2)).sum(), y)[0], found.least_curvatures[0]
+
+    dense, least = solved()
+    monkeypatch.setattr(manifold, "DENSE", 0)
+    products, ritz = solved()
+    torch.testing.assert_close(dense, products, rtol=0, atol=1e-11)
+    assert ritz == pytest.approx(least, rel=1e-8)  # twelve entries: Lanczos ends with all eigenvalues
 
 
 class WrongManifold(L1):

@@ -39,26 +39,27 @@ def gmres(
 def krylov_step(apply: Callable[[Tensor], Tensor], left: Tensor, target: Tensor) -> tuple[Tensor, int]:
     """The element of the Krylov space of `left` with the least |left - apply(element)|, and the products it took."""
     size = norms(left)
-    basis = [over(left, size)]
+    basis = over(left, size).flatten(1)[:, None]  # (batch, vectors, n), as long as needed or twice that
     columns: list[Tensor] = []  # of the Hessenberg matrix, each (batch, rows)
     weights = left.new_zeros(len(left), 0)
     limit = min(KRYLOV, left[0].numel())
     for k in range(limit):
-        vector = apply(basis[-1])
-        kept = torch.stack(basis, dim=1).flatten(2)  # (batch, k + 1, n)
-        flat, coefficients = vector.flatten(1), torch.zeros_like(kept[:, :, 0])
+        kept = basis[:, : k + 1]
+        flat, coefficients = apply(kept[:, k].reshape(left.shape)).flatten(1), torch.zeros_like(kept[:, :, 0])
         for _ in range(2):
-            part = torch.einsum("bkn,bn->bk", kept.conj(), flat)
-            flat, coefficients = flat - torch.einsum("bkn,bk->bn", kept, part), coefficients + part
+            part = (kept.conj() @ flat[:, :, None])[:, :, 0]
+            flat, coefficients = flat - (kept.mT @ part[:, :, None])[:, :, 0], coefficients + part
         height = torch.linalg.vector_norm(flat, dim=1)
         columns.append(torch.cat([coefficients, height[:, None].to(coefficients.dtype)], dim=1))
-        basis.append(over(flat.reshape(vector.shape), height))
+        if k + 1 == basis.shape[1]:
+            basis = torch.cat([basis, torch.zeros_like(basis)], 1)
+        basis[:, k + 1] = over(flat, height)
         if (k + 1) % LOOK == 0 or k + 1 == limit:
             weights, missing = least_squares(columns, size)
             if bool((missing <= 0.5 * target).all()):
                 break
-    kept = torch.stack(basis[:-1], dim=1).flatten(2)
-    return torch.einsum("bkn,bk->bn", kept, weights).reshape(left.shape), len(columns)
+    count = len(columns)
+    return (basis[:, :count].mT @ weights[:, :, None])[:, :, 0].reshape(left.shape), count
 
 
 def least_squares(columns: list[Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,12 @@ def least_squares(columns: list[Tensor], size: Tensor) -> tuple[Tensor, Tensor]:
     H = torch.stack([torch.nn.functional.pad(c, (0, count + 1 - c.shape[1])) for c in columns], dim=2)
     first = torch.zeros_like(H[:, :, 0])
     first[:, 0] = size
-    weights = (torch.linalg.pinv(H) @ first[:, :, None])[:, :, 0]
+    Q, R = torch.linalg.qr(H)
+    pivots = R.diagonal(dim1=1, dim2=2).abs()
+    if bool((pivots.amin(1) > 1e3 * torch.finfo(H.dtype).eps * pivots.amax(1)).all()):
+        weights = torch.linalg.solve_triangular(R, Q.mH @ first[:, :, None], upper=True)[:, :, 0]
+    else:  # some have reached an invariant subspace before others
+        weights = (torch.linalg.pinv(H) @ first[:, :, None])[:, :, 0]
     return weights, torch.linalg.vector_norm(first - (H @ weights[:, :, None])[:, :, 0], dim=1)
 
 
