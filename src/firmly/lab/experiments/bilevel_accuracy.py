@@ -60,7 +60,7 @@ class Lasso:
 
     def flipped(self, terms: int) -> tuple[float, float]:
         """A Neumann series on the condition T(b) - b = 0: the derivative, and the relative residual of its system."""
-        b, step = self.solution(), self.newton.step
+        b, step = self.solution(), 100 / float(torch.linalg.matrix_norm(self.X, 2)) ** 2
         S, v = b != 0, 2 * self.validation.mT @ (self.validation @ b - self.target) / 50
         J = S[:, None] * (torch.eye(200, dtype=torch.float64) - step * self.X.mT @ self.X / 100)
         system = J.mT - torch.eye(200, dtype=torch.float64)
