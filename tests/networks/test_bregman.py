@@ -94,9 +94,7 @@ def test_refusals():
     with pytest.raises(ShapeError, match="skip"):
         BregmanLayer(Dense(torch.randn(3, 4)), legendre("tanh"))
     with pytest.raises(ShapeError, match="skip"):
-        BregmanLayer(
-            Dense(torch.randn(3, 4)), legendre("tanh"), skip=BregmanMean(legendre("tanh"), RowStochastic(4, 2))
-        )
+        BregmanLayer(Dense(torch.randn(3, 4)), legendre("tanh"), average=RowStochastic(4, 2))
     with pytest.raises(ShapeError, match="given"):
         BregmaNet(3, 2)(torch.randn(2, 4))
 
@@ -120,7 +118,7 @@ def test_what_is_not_invertible_is_refused():
     with pytest.raises(ConditionError):
         BregmaNet(3, 2, "exp", invertible=True)
     net = BregmaNet([4, 4, 3], activation="tanh").double()
-    with pytest.raises(ConditionError, match="keep width"):
+    with pytest.raises(ConditionError, match="keep their width"):
         net.inverse(torch.zeros(1, 3, dtype=torch.float64))
     single = BregmaNet(1, 1).double()
     single.layers[0].linear.weight.data.fill_(-1.5)
@@ -255,17 +253,16 @@ def test_means_are_certified(name: str, widths: tuple[int, int]):
 
 def test_means_that_select_are_linear():
     net = BregmaNet([2, 4], activation="atan").double()
-    assert isinstance(net.layers[0].skip, BregmanMean)
     assert fm.certify(net).upper > math.sqrt(2) * (1 - 1e-9)
     u = torch.randn(3, 2, dtype=torch.float64)
-    assert torch.allclose(net.layers[0].skip(u), u.repeat(1, 2), rtol=1e-12)
+    assert torch.allclose(mean(legendre("atan"), net.layers[0].average, u), u.repeat(1, 2), rtol=1e-12)
 
 
 def test_certificate_files(tmp_path):
     net = learned(BregmaNet([4, 3, 3], activation="tanh"))
     fm.certify(net, budget_s=3).save(tmp_path / "net.certificate")
     fm.verify(tmp_path / "net.certificate", net)
-    net.layers[0].skip.average.raw.data[0] += torch.tensor([0.3, 0.0, 0.0, 0.0], dtype=torch.float64)
+    net.layers[0].average.raw.data[0] += torch.tensor([0.3, 0.0, 0.0, 0.0], dtype=torch.float64)
     with pytest.raises(VerificationError):
         fm.verify(tmp_path / "net.certificate", net)
 
@@ -350,14 +347,14 @@ def test_a_hundred_layers_train(name):
 
 def test_averages_learn():
     net = BregmaNet([6, 2], activation="sigmoid")
-    before = net.layers[0].skip.average.channel_matrix().detach().clone()
+    before = net.layers[0].average.channel_matrix().detach().clone()
     u = torch.randn(64, 6)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(20):
         optimiser.zero_grad()
         (net(u) - u[:, 1:3]).square().mean().backward()
         optimiser.step()
-    after = net.layers[0].skip.average.channel_matrix().detach()
+    after = net.layers[0].average.channel_matrix().detach()
     assert float((after - before).abs().max()) > 0.05
     assert torch.allclose(after.sum(1), torch.ones(2), atol=1e-6)
 

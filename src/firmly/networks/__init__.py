@@ -5,14 +5,13 @@ from firmly.networks.alista_metric import in_metric
 from firmly.networks.analytic_weights import analytic_weights
 from firmly.networks.beyond_depth import beyond_depth
 from firmly.networks.bregman import BregmaNet, BregmanLayer
-from firmly.networks.bregman_blocks import BregmanBlock, BregmanResNet
+from firmly.networks.bregman_blocks import BregmanBlock, BregmanMean, BregmanResNet
 from firmly.networks.bregman_flow import Affine, BregmanFlow, WideBregmanLayer
 from firmly.networks.bregman_grid import Grid, grid_lines
 from firmly.networks.bregman_inverse import Inverse, inverse
 from firmly.networks.bregman_invertible import Invertibility, Residual, invertibility
 from firmly.networks.bregman_lipschitz import OnBox, bounds_on_box
 from firmly.networks.bregman_log_det import LogDet, estimate_log_det, log_det, series_log_det
-from firmly.networks.bregman_skip import BregmanMean
 from firmly.networks.bregman_weights import Triangular, invertible_weight
 from firmly.networks.calibration import calibrate, calibrate_hyper, nmse_db
 from firmly.networks.check_unrolled import UnrolledCheck, check_unrolled, project, read_tensors

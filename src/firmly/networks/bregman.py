@@ -17,9 +17,9 @@ from firmly.linear.map import LinearMap
 from firmly.networks.bregman_inverse import inverse
 from firmly.networks.bregman_invertible import Residual
 from firmly.networks.bregman_log_det import log_det
-from firmly.networks.bregman_skip import BregmanMean
 from firmly.networks.bregman_weights import invertible_weight
 from firmly.prox.legendre import Legendre, legendre
+from firmly.prox.legendre_mean import mean
 from firmly.prox.row_stochastic import RowStochastic
 
 Form = Literal["dual", "primal", "mixed"]
@@ -28,11 +28,10 @@ Form = Literal["dual", "primal", "mixed"]
 class BregmanLayer(nn.Module):
     """x+ = rho(rho^-1(P x) + W x + b), computed as u+ = rho^-1(P rho(u)) + W rho(u) + b with u = rho^-1(x).
 
-    `forward` maps dual coordinates to dual coordinates, u (batch, *W.domain) to (batch, *W.codomain): without a skip P
-    = Id and it is u + W rho(u) + b, which needs no inverse. `primal` is the first formula to the letter, for x in the
-    domain of rho. `linear` is W, `bias` is b (None: no bias), `skip` a module of dual coordinates such as
-    `BregmanMean`, or a linear map: one that selects entries is the same in both coordinates. Raises `ShapeError` where
-    the skip does not fit.
+    `forward` maps dual coordinates to dual coordinates, u (batch, *W.domain) to (batch, *W.codomain): without an
+    `average` P = Id and it is u + W rho(u) + b, which needs no inverse. `primal` is the first formula to the letter,
+    for x in the domain of rho. `linear` is W, `bias` is b (None: no bias), `average` is P, for changes of width.
+    Raises `ShapeError` where they do not fit.
     Source: Frecon, Gasso, Pontil and Salzo, Bregman neural networks, ICML 2022; the dual form: docs/theory/bregman.
     """
 
@@ -41,16 +40,16 @@ class BregmanLayer(nn.Module):
         linear: LinearMap,
         activation: Legendre,
         bias: Tensor | None = None,
-        skip: BregmanMean | LinearMap | None = None,
+        average: RowStochastic | None = None,
     ):
         super().__init__()
-        ends = (linear.domain, linear.domain) if skip is None else (skip.domain, skip.codomain)
+        ends = (linear.domain, linear.domain) if average is None else (average.domain, average.codomain)
         if ends != (linear.domain, linear.codomain):
             raise ShapeError(
                 f"W maps {linear.domain} -> {linear.codomain}, and the skip beside it {ends[0]} -> {ends[1]}; a change "
-                "of width or resolution needs a skip of its own, such as BregmanMean(activation, RowStochastic(...))"
+                "of width needs average=RowStochastic(inputs, outputs, spatial)"
             )
-        self.linear, self.activation, self.skip = linear, activation, skip
+        self.linear, self.activation, self.average = linear, activation, average
         if isinstance(bias, nn.Parameter):
             self.bias: Tensor = bias
         else:
@@ -61,16 +60,17 @@ class BregmanLayer(nn.Module):
         return self.linear
 
     def residual(self) -> Residual:
-        """W rho(u) + b, the part beside an identity; `ConditionError` for layers with another skip."""
-        if self.skip is not None:
+        """W rho(u) + b, the part beside an identity; `ConditionError` for layers that change the width."""
+        if self.average is not None:
             raise ConditionError(
-                f"this layer maps {self.linear.domain} -> {self.linear.codomain} with a skip that is not the identity: "
-                "only layers that keep width and resolution are known to be invertible"
+                f"this layer averages its input on the way {self.linear.domain} -> {self.linear.codomain}: only layers "
+                "that keep their width are known to be invertible"
             )
         return Residual(self.linear, self.activation, self.bias)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.joined(u if self.skip is None else self.skip(u), self.activation(u))
+        skipped = u if self.average is None else mean(self.activation, self.average, u)
+        return self.joined(skipped, self.activation(u))
 
     def joined(self, skipped: Tensor, x: Tensor) -> Tensor:
         """rho^-1(P x) + W x + b from its parts."""
@@ -78,11 +78,8 @@ class BregmanLayer(nn.Module):
 
     def primal(self, x: Tensor) -> Tensor:
         """rho(rho^-1(P x) + W x + b) with the inverse activation; `DataError` for x outside the domain of rho."""
-        if isinstance(self.skip, BregmanMean):
-            averaged = self.activation.inverse(self.skip.average(x))
-        else:
-            averaged = self.activation.inverse(x if self.skip is None else self.skip(x))
-        return self.activation(averaged + self.linear(x) + self.bias)
+        skipped = self.activation.inverse(x if self.average is None else self.average(x))
+        return self.activation(self.joined(skipped, x))
 
 
 class BregmaNet(nn.Module):
@@ -181,12 +178,12 @@ def widths_of(features: int | Sequence[int], depth: int | None) -> tuple[int, ..
 def bregman_layer(
     activation: Legendre, inputs: int, outputs: int, spatial: tuple[int, ...], kernel_size: int, scale: float
 ) -> BregmanLayer:
-    """A layer with weights N(0, scale^2 / fan-in), bias 0, and a mean of the inputs as its skip where widths differ."""
+    """A layer with weights N(0, scale^2 / fan-in), bias 0, and an average beside them where widths differ."""
     size = (outputs, inputs, *[kernel_size] * len(spatial))
     weight = nn.Parameter(torch.randn(size) * scale / math.sqrt(math.prod(size[1:])))
     linear = Convolution(weight, (inputs, *spatial), "zero") if spatial else Dense(weight)
-    skip = None if inputs == outputs else BregmanMean(activation, RowStochastic(inputs, outputs, spatial))
-    return BregmanLayer(linear, activation, zero_bias(outputs, spatial), skip)
+    average = None if inputs == outputs else RowStochastic(inputs, outputs, spatial)
+    return BregmanLayer(linear, activation, zero_bias(outputs, spatial), average)
 
 
 def invertible_layer(activation: Legendre, width: int, spatial: tuple[int, ...], kernel_size: int) -> BregmanLayer:

@@ -12,8 +12,8 @@ from firmly.errors import SettingsError, ShapeError
 from firmly.linear.convolution import Convolution
 from firmly.linear.map import LinearMap
 from firmly.networks.bregman import zero_bias
-from firmly.networks.bregman_skip import BregmanMean
 from firmly.prox.legendre import Legendre, legendre
+from firmly.prox.legendre_mean import mean
 from firmly.prox.row_stochastic import RowStochastic
 
 
@@ -48,6 +48,20 @@ class BregmanBlock(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         """B rho(A x + a) + b."""
         return self.outer(self.activation(self.inner(x) + self.inner_bias)) + self.bias
+
+
+class BregmanMean(nn.Module):
+    """u -> rho^-1(P rho(u)) for a row-stochastic P: the average of x = rho(u), in dual coordinates.
+
+    Every output lies between the smallest and the largest of the inputs it is an average of.
+    """
+
+    def __init__(self, activation: Legendre, average: RowStochastic):
+        super().__init__()
+        self.activation, self.average = activation, average
+
+    def forward(self, u: Tensor) -> Tensor:
+        return mean(self.activation, self.average, u)
 
 
 class BregmanResNet(nn.Module):

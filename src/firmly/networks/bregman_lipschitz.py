@@ -20,12 +20,10 @@ from firmly.linear.convolution import Convolution
 from firmly.linear.dense import Dense
 from firmly.linear.map import LinearMap
 from firmly.networks.bregman import BregmaNet, BregmanLayer
-from firmly.networks.bregman_skip import BregmanMean
 from firmly.prox.known_slope import with_slope
 from firmly.prox.legendre import Legendre
-from firmly.prox.legendre_mean import mean_gain
+from firmly.prox.legendre_mean import mean, mean_gain
 from firmly.prox.prior import Slope
-from firmly.prox.row_stochastic import RowStochastic
 
 OUTWARD = 1e-12  # relative, for the rounding of a few functions of the ends of a box
 FAR = 1e150  # beyond it slopes are those at infinity
@@ -90,7 +88,7 @@ def bounds_on_box(net: BregmaNet, low: float | Tensor = -math.inf, high: float |
     """
     ranges = ranges_of(net, low, high)
     found = BoundsOnBox(
-        tuple(layer_on_box(layer, u, after) for layer, (u, after) in zip(net.layers, itertools.pairwise(ranges)))
+        tuple(layer_on_box(layer, u, after) for layer, (u, after) in zip(layers_of(net), itertools.pairwise(ranges)))
     )
     if not (found.primal < math.inf or found.dual < math.inf):
         raise NotCertifiable(
@@ -118,40 +116,46 @@ class OnBox(nn.Module):
             self.register_buffer(name, torch.as_tensor(end, dtype=torch.float64).expand(net.inputs["data"]).clone())
 
     def forward(self, data: Tensor) -> Tensor:
-        net, pair = self.net, self.net.activation
-        slopes, means = self._slopes(data)
+        net, (slopes, means) = self.net, self._slopes(data)
         u = torch.clamp(data, self.low.to(data.device, data.dtype), self.high.to(data.device, data.dtype))
         if net.form == "primal":
-            u = with_slope(pair.inverse, inverted(slopes[0]), u)
-        for layer, slope, of_mean in zip(net.layers, slopes, means):
-            assert isinstance(layer, BregmanLayer)
+            u = with_slope(net.activation.inverse, inverted(slopes[0]), u)
+        for layer, slope, of_mean in zip(layers_of(net), slopes, means):
+            pair, average = layer.activation, layer.average
             x = with_slope(pair, slope, u)
-            if of_mean is not None and isinstance(layer.skip, BregmanMean):
-                u = layer.joined(with_slope(pair.inverse, of_mean, layer.skip.average(x)), x)
-            else:
-                u = layer.joined(u if layer.skip is None else layer.skip(u), x)
-        return u if net.form == "dual" else with_slope(pair, slopes[-1], u)
+            if average is not None:
+                u = mean(pair, average, u) if of_mean is None else with_slope(pair.inverse, of_mean, average(x))
+            u = layer.joined(u, x)
+        return u if net.form == "dual" else with_slope(net.activation, slopes[-1], u)
 
     @torch.no_grad()
     def _slopes(self, data: Tensor) -> tuple[list[Slope], list[Slope | None]]:
         """For a trace, with the weights as they are now: the slopes of rho on all ranges, and those of rho^-1 on the
         ranges of means, where they prove more than `mean_gain`."""
-        pair, layers = self.net.activation, self.net.layers
+        net, layers = self.net, layers_of(self.net)
         if isinstance(data, Tensor):
-            return [pair.slope] * (len(layers) + 1), [None] * len(layers)
-        ranges = ranges_of(self.net, self.low, self.high)
-        slopes, means = [hull(pair, u) for u in ranges], []
-        for layer, u, slope in zip(layers, ranges, slopes):
-            assert isinstance(layer, BregmanLayer)
-            middle, average = hull(pair, skipped(layer, u)), average_of(layer)
-            local = math.inf if average is None or not middle.low else slope.high / middle.low * average.norm().upper
-            better = average is not None and local < mean_gain(pair, average)
-            means.append(inverted(middle) if better else None)
-        return slopes, means
+            return [net.activation.slope] * (len(layers) + 1), [None] * len(layers)
+        ranges = ranges_of(net, self.low, self.high)
+        slopes = [hull(layer.activation, u) for layer, u in zip(layers, ranges)]
+        means = [slopes_of_mean(layer, u, slope) for layer, u, slope in zip(layers, ranges, slopes)]
+        return [*slopes, hull(net.activation, ranges[-1])], means
 
 
-def average_of(layer: BregmanLayer) -> RowStochastic | None:
-    return layer.skip.average if isinstance(layer.skip, BregmanMean) else None
+def layers_of(net: BregmaNet) -> list[BregmanLayer]:
+    """The layers, all of the one activation that makes primal coordinates those of the network."""
+    layers = [layer for layer in net.layers if isinstance(layer, BregmanLayer)]
+    if len(layers) < len(net.layers) or any(layer.activation != net.activation for layer in layers):
+        raise NotCertifiable(f"bounds on boxes are for chains of BregmanLayers with the activation {net.activation}")
+    return layers
+
+
+def slopes_of_mean(layer: BregmanLayer, u: Range, slope: Slope) -> Slope | None:
+    """The slopes of rho^-1 on the range of the means of a layer, if they prove more than `mean_gain`."""
+    if layer.average is None:
+        return None
+    middle = hull(layer.activation, skipped(layer, u))
+    gain = slope.high / middle.low * layer.average.norm().upper if middle.low else math.inf
+    return inverted(middle) if gain < mean_gain(layer.activation, layer.average) else None
 
 
 def hull(pair: Legendre, u: Range) -> Slope:
@@ -168,7 +172,7 @@ def layer_on_box(layer: BregmanLayer, u: Range, after: Range) -> LayerOnBox:
     pair, push = layer.activation, pushed(layer, u)
     entering, leaving = slope_limits(pair, u)[1], slope_limits(pair, after)[1]
     anywhere = torch.maximum(pair.ratio(push[0]), pair.ratio(push[1]))
-    middle, average = slope_limits(pair, skipped(layer, u))[0], average_of(layer)
+    middle, average = slope_limits(pair, skipped(layer, u))[0], layer.average
     size = 1.0 if average is None else average.norm().upper
     spread = float(entering.max() / middle.min()) * size * (1 + 4 * OUTWARD)
     return LayerOnBox(
@@ -206,10 +210,8 @@ def ranges_of(net: BregmaNet, low: float | Tensor, high: float | Tensor) -> list
     ends = [torch.as_tensor(end, dtype=torch.float64, device=device).expand(shape) for end in (low, high)]
     u: Range = to_dual(pair, (ends[0], ends[1])) if net.form == "primal" else (ends[0], ends[1])
     ranges = [u]
-    for layer in net.layers:
-        assert isinstance(layer, BregmanLayer)
-        middle, push = skipped(layer, u), pushed(layer, u)
-        u = added(middle, push)
+    for layer in layers_of(net):
+        u = added(skipped(layer, u), pushed(layer, u))
         ranges.append(u)
     return ranges
 
@@ -248,13 +250,9 @@ def to_dual(pair: Legendre, x: Range) -> Range:
 
 def skipped(layer: BregmanLayer, u: Range) -> Range:
     """The range of rho^-1(P rho(u))."""
-    if layer.skip is None:
+    if layer.average is None:
         return u
-    if not isinstance(layer.skip, BregmanMean):
-        raise NotCertifiable(f"closed forms know averages as skips, given {type(layer.skip).__name__}; use certify")
-    low, high = to_primal(layer.activation, u)
-    low, high = monotone(layer.skip.average, None, (low, high))
-    return to_dual(layer.activation, (low, high))
+    return to_dual(layer.activation, monotone(layer.average, None, to_primal(layer.activation, u)))
 
 
 def pushed(layer: BregmanLayer, u: Range) -> Range:
