@@ -69,9 +69,9 @@ def run_bilevel(settings: BilevelSettings, run: RunFolder, listen: Listener) -> 
         f"penalty, others for the test. Gradients through the solution choose {len(table.group_names)} weights of "
         f"groups in {group.solves:.0f} inner solves. On test data their {table.error} is {group.test:.4g}, against "
         f"{grid.test:.4g} of a grid of one weight and {random.test:.4g} of random search in the same time: lower than "
-        f"the grid's on {better} of {settings.draws} draws. A weight for every feature fits the validation samples best "
-        f"({feature.validation:.4g}), and the test samples {'worse' if feature.test > group.test else 'better'} than "
-        f"groups do ({feature.test:.4g})."
+        f"the grid's on {better} of {settings.draws} draws. A weight for every feature has a validation error of "
+        f"{feature.validation:.4g} (groups: {group.validation:.4g}), and fits the test samples "
+        f"{'worse' if feature.test > group.test else 'better'} than groups do ({feature.test:.4g})."
     )
     facts = {
         "test error, groups − grid": difference(apart),
