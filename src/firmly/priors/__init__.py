@@ -7,6 +7,7 @@ from firmly.priors.hypergradient import implicit_lasso
 from firmly.priors.k_svd import KSvd, Mod
 from firmly.priors.lasso import SparseCode, SparseCodingStatus, lasso
 from firmly.priors.learning import Learned, learn_dictionary, learn_from_stream
+from firmly.priors.losses import Logistic, Softmax, Squared
 from firmly.priors.omp import OmpCode, omp
 from firmly.priors.online import Online
 from firmly.priors.oracle_steps import OracleIsta
@@ -14,6 +15,7 @@ from firmly.priors.paths import LassoPath, lasso_path, weight_max
 from firmly.priors.penalty import Penalty
 from firmly.priors.recovery import recovery
 from firmly.priors.several_operators import Identifiability, Masks, Operators
+from firmly.priors.sparse_linear import SparseLinear
 from firmly.priors.sparse_model import SparseModel
 from firmly.priors.synthesis import CircularSynthesis, MatrixSynthesis
 
@@ -26,6 +28,7 @@ __all__ = [
     "KSvd",
     "LassoPath",
     "Learned",
+    "Logistic",
     "Masks",
     "MatrixSynthesis",
     "Mod",
@@ -36,7 +39,10 @@ __all__ = [
     "Penalty",
     "SparseCode",
     "SparseCodingStatus",
+    "Softmax",
+    "SparseLinear",
     "SparseModel",
+    "Squared",
     "TightFrame",
     "UnitRows",
     "Unrolled",
