@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from firmly.errors import DataError, SettingsError, ShapeError
-from firmly.robust.top_fraction import top
+from firmly.robust.rows import Rows
 
 Sense = Literal["sup", "inf"]
 
@@ -25,10 +25,9 @@ class WorstCase(NamedTuple):
 class AmbiguitySet:
     """A set of laws q around a nominal law p, on rows of atoms: sup (or inf) over q of sum_i q_i l_i.
 
-    A subclass gives `worst(losses, nominal)`, the weights of the supremum, and their derivatives: `curvature` in the
-    losses (the Hessian of the supremum, 0 where the weights are piecewise constant) and `drift` in the radius. Losses
-    and nominal weights are rows (rows, atoms) in float64; the nominal ones are not negative and sum to one, and an atom
-    of weight 0 does not exist. `radius` is a number, or a tensor of one number that gradients reach.
+    A subclass gives `worst(rows)`, the weights of the supremum and its value, and the derivatives of the weights, on
+    dense rows (rows, atoms) in float64: `curvature` in the losses (the Hessian of the supremum, 0 where the weights are
+    piecewise constant) and `drift` in the radius. `radius` is a number, or a tensor of one that gradients reach.
     """
 
     def __init__(self, radius: float | Tensor, low: float = 0.0, high: float = math.inf, meaning: str = "radius"):
@@ -48,13 +47,9 @@ class AmbiguitySet:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:g})"
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        """The weights q (rows, atoms) of the supremum."""
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The weights (rows, atoms) of the supremum, in the precision of the losses, and its value (rows,)."""
         raise NotImplementedError
-
-    def value(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        """The supremum (rows,), given its weights."""
-        return (weights * losses).sum(1)
 
     def curvature(self, losses: Tensor, nominal: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         """The derivative (rows, atoms) of the weights along a direction of the losses; a symmetric map."""
@@ -80,95 +75,98 @@ class AmbiguitySet:
         self, losses: Tensor, mask: Tensor | None = None, sense: Sense = "sup", trim: float = 0.0
     ) -> WorstCase:
         """`risks`, and with them the weights of the adversary in the shape of the losses."""
-        masses = masses_of(losses, mask)
-        valid = masses > 0
-        rows = torch.where(valid, losses, 0).flatten(1)
-        masses = masses.flatten(1).double()
-        total = masses.sum(1, keepdim=True)
-        if bool((total == 0).any()):
-            raise DataError(
-                f"row {int((total == 0).flatten().nonzero()[0])} has no valid atom: take it out of the batch"
-            )
-        found = self.on_rows(rows, masses / total, sense, trim)
-        return WorstCase(found.risk.to(losses.dtype), found.weights.to(losses.dtype).reshape(losses.shape))
-
-    def on_rows(self, losses: Tensor, nominal: Tensor, sense: Sense, trim: float) -> WorstCase:
-        """The risk of rows (rows, atoms) in float64, differentiable in the losses and in the radius."""
         if sense not in ("sup", "inf"):
             raise SettingsError(f"sense is 'sup' (pessimistic) or 'inf' (optimistic), given {sense!r}")
         if not 0 <= trim < 1:
             raise SettingsError(f"trim is a fraction in [0, 1), given {trim}")
-        sign = 1 if sense == "sup" else -1
         radius = torch.as_tensor(self.radius, dtype=torch.float64, device=losses.device)
-        if radius.requires_grad and float(radius.detach()) == 0:
+        if radius.requires_grad and self.size == 0:
             raise SettingsError("the derivative in the radius is infinite at radius 0: start from a positive one")
-        wide = losses.double()
+        masses = masses_of(losses, mask)
+        flat = losses.flatten(1) if losses.dim() > 1 else losses.unsqueeze(1)
+        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        if masses is not None:
+            masses = masses.reshape(flat.shape)
         if trim:
-            nominal = top(-wide.detach(), nominal, 1.0 - trim)
-        weights = self.worst(sign * wide.detach(), nominal)
-        return WorstCase(sign * _Supremum.apply(sign * wide, radius, nominal, weights, self), weights)
+            masses = kept_by_trimming(flat.detach(), masses, trim)
+        sign = 1 if sense == "sup" else -1
+        turned = flat if sense == "sup" else -flat
+        rows = Rows(turned.detach(), masses)
+        weights, value = self.worst(rows)
+        risk = sign * _Supremum.apply(turned, radius, weights, value, rows, self)
+        return WorstCase(risk.to(losses.dtype), weights.to(losses.dtype).reshape(losses.shape))
 
 
 class _Supremum(torch.autograd.Function):
     """The supremum; its gradient is the weights of the adversary (Danskin), attached for a second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, radius: Tensor, nominal: Tensor, weights: Tensor, of: AmbiguitySet) -> Tensor:
-        ctx.save_for_backward(losses, radius, nominal, weights)
-        ctx.of = of
-        return of.value(losses, nominal, weights)
+    def forward(
+        ctx: Any, losses: Tensor, radius: Tensor, weights: Tensor, value: Tensor, rows: Rows, of: AmbiguitySet
+    ) -> Tensor:
+        ctx.save_for_backward(losses, radius, weights)
+        ctx.rows, ctx.of = rows, of
+        return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        weights, slope = _Weights.apply(*ctx.saved_tensors, ctx.of)
+        weights, slope = _Weights.apply(*ctx.saved_tensors, ctx.rows, ctx.of)
         of_radius = (gradients[0] * slope).sum().reshape(ctx.saved_tensors[1].shape)
-        return gradients[0].unsqueeze(1) * weights, of_radius, None, None, None
+        return gradients[0].to(weights.dtype).unsqueeze(1) * weights, of_radius, None, None, None, None
 
 
 class _Weights(torch.autograd.Function):
     """The weights, and the slope in the radius, as functions of the losses and the radius."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, radius: Tensor, nominal: Tensor, weights: Tensor, of: AmbiguitySet):
+    def forward(ctx: Any, losses: Tensor, radius: Tensor, weights: Tensor, rows: Rows, of: AmbiguitySet):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(losses, radius, nominal, weights)
-        ctx.of = of
-        slope = of.slope(losses, nominal, weights) if radius.requires_grad else losses.new_zeros(len(losses))
+        ctx.save_for_backward(losses, radius, weights)
+        ctx.rows, ctx.of = rows, of
+        slope = radius.new_zeros(len(losses))
+        if radius.requires_grad:
+            slope = of.slope(*rows.dense(), weights.double())
         return weights.view_as(weights), slope
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_weights: Tensor | None, of_slope: Tensor | None):
-        losses, radius, nominal, weights = ctx.saved_tensors
+        losses, radius, weights = ctx.saved_tensors
         if of_slope is not None and radius.requires_grad:
             raise SettingsError("a risk has no second derivative in its radius here: detach the radius once")
-        drift = ctx.of.drift(losses, nominal, weights) if radius.requires_grad else None
         of_losses, of_radius = None, None
+        dense = (*ctx.rows.dense(), weights.double())
+        if of_slope is not None:
+            of_losses = of_slope.unsqueeze(1) * ctx.of.drift(*dense)
         if of_weights is not None:
-            of_losses = ctx.of.curvature(losses, nominal, weights, of_weights)
-            if drift is not None:
-                of_radius = (of_weights * drift).sum().reshape(radius.shape)
-        return of_losses, of_radius, None, None, None
+            of_losses = ctx.of.curvature(*dense, of_weights.double())
+            if radius.requires_grad:
+                of_radius = (of_weights * ctx.of.drift(*dense)).sum().reshape(radius.shape)
+        return None if of_losses is None else of_losses.to(losses.dtype), of_radius, None, None, None
 
 
-def masses_of(losses: Tensor, mask: Tensor | None) -> Tensor:
-    """Nominal masses in the shape of the losses, 0 where the mask says so; the losses are checked where they count."""
+def kept_by_trimming(losses: Tensor, masses: Tensor | None, trim: float) -> Tensor:
+    """The nominal law without the fraction `trim` of its mass that has the largest losses."""
+    rows = Rows(-losses, masses)
+    level, share = rows.quantile(1.0 - trim)
+    return rows.law(
+        lambda scaled, mass: torch.where(scaled > level, mass, torch.where(scaled == level, share * mass, 0))
+    )[0]
+
+
+def masses_of(losses: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Nominal masses in the shape of the losses, as the mask says: boolean, or weights."""
     if not losses.is_floating_point() or losses.dim() == 0:
         raise DataError(f"losses are a floating-point tensor, given {losses.dtype} of shape {tuple(losses.shape)}")
     if mask is None:
-        masses = torch.ones_like(losses, requires_grad=False)
-    else:
-        if mask.requires_grad:
-            raise DataError("a mask holds nominal weights, through which no gradient goes: detach it")
-        try:
-            masses = mask.to(losses.dtype).expand_as(losses)
-        except RuntimeError as shapes:
-            raise ShapeError(
-                f"a mask {tuple(mask.shape)} does not broadcast against losses {tuple(losses.shape)}"
-            ) from shapes
-        if not bool(((masses >= 0) & masses.isfinite()).all()):
-            raise DataError("a mask is boolean or holds finite weights that are not negative")
-    bad = int(((masses > 0) & ~losses.isfinite()).sum())
-    if bad:
-        raise DataError(f"{bad} of the valid losses are NaN or infinite; mask them, or clip the loss")
-    return masses
+        return None
+    if mask.requires_grad:
+        raise DataError("a mask holds nominal weights, through which no gradient goes: detach it")
+    if mask.dtype != torch.bool and not bool(((mask >= 0) & mask.isfinite()).all()):
+        raise DataError("a mask is boolean or holds finite weights that are not negative")
+    try:
+        return mask.expand_as(losses)
+    except RuntimeError as shapes:
+        raise ShapeError(
+            f"a mask {tuple(mask.shape)} does not broadcast against losses {tuple(losses.shape)}"
+        ) from shapes

@@ -7,46 +7,53 @@ from torch import Tensor
 
 from firmly.errors import NotConverged
 from firmly.robust.ambiguity import AmbiguitySet
-from firmly.robust.top_fraction import maximisers, top, top_drift
+from firmly.robust.rows import Part, Rows
 
 MAX_ITERATIONS = 200
+TINY = torch.finfo(torch.float64).tiny
 
 
 class KL(AmbiguitySet):
     """KL(q, p) <= radius, with KL(q, p) = sum_i q_i log(q_i / p_i).
 
     sup = min over eta > 0 of eta radius + eta log sum_i p_i exp(l_i / eta), q_i proportional to p_i exp(l_i / eta).
-    1 / eta is found by Newton's method on log KL(q_t, p) = log radius in log t, inside a bracket. From
+    t = 1 / eta is found by Newton's method on log KL(q_t, p) = log radius in log t, inside a bracket. From
     radius >= -log(mass of the largest losses) on, q is p restricted to the largest losses.
 
     Source: Hu and Hong, Kullback-Leibler divergence constrained distributionally robust optimization, 2013.
     """
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        radius = self.size
-        at_top, mass = maximisers(losses, nominal)
-        saturated = radius >= -mass.log()
-        if radius == 0:
-            return nominal
-        scaled, width = normalised(losses, nominal)
-        safe = torch.full_like(mass, radius)
-
-        spread = (nominal * (scaled - (nominal * scaled).sum(1, keepdim=True)) ** 2).sum(1, keepdim=True)
-        t = (2 * safe / torch.where(spread > 0, spread, 1)).sqrt()  # the root for small radii
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.size == 0:
+            return rows.nominal()
+        saturated = self.size >= -rows.largest().log()
+        _, mean, square = rows.moments(lambda scaled, mass: mass.expand_as(scaled))
+        t = (2 * self.size / (square - mean**2).clamp(min=TINY)).sqrt()  # the root for small radii
         low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
-        done = saturated | (width == 0)
+        done = saturated | (rows.width == 0)
         for _ in range(MAX_ITERATIONS):
-            q, divergence, growth, rounding = tilted(t, scaled, nominal)
-            done = done | ((divergence - safe).abs() <= rounding) | (high <= low * (1 + 4e-16))
+            divergence, growth, rounding = self.divergence(rows, t)
+            done = done | ((divergence - self.size).abs() <= rounding) | (high <= low * (1 + 4e-16))
             if bool(done.all()):
-                return torch.where(saturated, at_top / mass, q)
-            below = divergence < safe
+                break
+            below = divergence < self.size
             low, high = torch.where(below, t, low), torch.where(below, high, t)
-            step = (divergence.clamp(min=1e-300) / safe).log() * divergence / growth.clamp(min=1e-300)
+            step = (divergence.clamp(min=TINY) / self.size).log() * divergence / growth.clamp(min=TINY)
             newton = t * (-step).clamp(-3, 3).exp()
             middle = torch.where(high.isinf(), 8 * t, torch.where(low == 0, t / 8, (low * high).sqrt()))
             t = torch.where(done, t, torch.where((newton > low) & (newton < high), newton, middle))
-        raise NotConverged(f"the dual of a Kullback-Leibler ball of radius {radius:g} did not settle")
+        else:
+            raise NotConverged(f"the dual of a Kullback-Leibler ball of radius {self.size:g} did not settle")
+        t = torch.where(saturated, torch.inf, t)
+        return rows.law(lambda scaled, mass: mass * torch.where(scaled < 0, t * scaled, 0).exp())
+
+    @staticmethod
+    def divergence(rows: Rows, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For q proportional to p exp(t l): KL(q, p), its derivative in log t, and what rounding may make of it."""
+        total, mean, square = rows.moments(lambda scaled, mass: mass * (t * scaled).exp())
+        mean, square = mean / total, square / total
+        rounding = 16 * torch.finfo(torch.float64).eps * ((t * mean).abs() + total.log().abs() + 1)
+        return t * mean - total.log(), t**2 * (square - mean**2), rounding
 
     def curvature(self, losses: Tensor, nominal: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         t, centred, variance = exponent(losses, nominal, weights)
@@ -69,29 +76,21 @@ class KLPenalty(AmbiguitySet):
     """
 
     def __init__(self, temperature: float | Tensor = 1.0):
-        super().__init__(temperature, low=torch.finfo(torch.float64).tiny, meaning="temperature")
+        super().__init__(temperature, low=TINY, meaning="temperature")
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        scaled, _ = centred_at_top(losses, nominal)
-        q = nominal * (scaled / self.size).exp()
-        return q / q.sum(1, keepdim=True)
-
-    def value(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        temperature = self.size
-        scaled, largest = centred_at_top(losses, nominal)
-        scaled = scaled / temperature
-        less = (nominal * scaled.expm1()).sum(1)  # log1p keeps the digits where the temperature is large
-        logarithm = torch.where(less > -0.5, less.clamp(min=-0.75).log1p(), (nominal * scaled.exp()).sum(1).log())
-        return largest.squeeze(1) + temperature * logarithm
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        t = rows.unit / self.size
+        (less,) = rows.sums(lambda scaled, mass: mass * (t * scaled).expm1())  # keeps the digits of high temperatures
+        (total,) = rows.sums(lambda scaled, mass: mass * (t * scaled).exp())
+        logarithm = torch.where(less > -0.5, less.clamp(min=-0.75).log1p(), total.log())
+        law, _ = rows.law(lambda scaled, mass: mass * (t * scaled).exp())
+        return law, (rows.high + self.size * logarithm).squeeze(1)
 
     def curvature(self, losses: Tensor, nominal: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
-        change = direction - (weights * direction).sum(1, keepdim=True)
-        return weights * change / self.size
+        return weights * (direction - (weights * direction).sum(1, keepdim=True)) / self.size
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        scaled, _ = centred_at_top(losses, nominal)
-        mean = (weights * scaled).sum(1, keepdim=True)
-        return -weights * (scaled - mean) / self.size**2
+        return -weights * (losses - (weights * losses).sum(1, keepdim=True)) / self.size**2
 
     def slope(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
         return -(torch.special.xlogy(weights, weights) - torch.special.xlogy(weights, nominal)).sum(1)
@@ -101,36 +100,35 @@ class Chi2(AmbiguitySet):
     """sum_i p_i (q_i / p_i - 1)^2 / 2 <= radius.
 
     sup = min over eta of eta + sqrt(1 + 2 radius) sqrt(sum_i p_i (l_i - eta)_+^2), and q_i is proportional to
-    p_i (l_i - eta)_+.
-    In closed form on the set A = {l > eta}: with its mass P, mean m and variance v, and a = 1 + 2 radius,
-    eta = m - sqrt(v / (a P - 1)) and sup = m + sqrt((a P - 1) v); A shrinks from all atoms until it is unchanged.
+    p_i (l_i - eta)_+. In closed form on the set A = {l > eta}: with its mass P, mean m and variance v, and
+    a = 1 + 2 radius, eta = m - sqrt(v / (a P - 1)) and sup = m + sqrt((a P - 1) v); A shrinks from all atoms until it
+    is unchanged. From a (mass of the largest losses) >= 1 on, q is p restricted to them.
 
     Sources: Duchi and Namkoong, Learning models with uniform performance via distributionally robust optimization,
     2021; the active sets are derived in docs/theory/robust_risks.
     """
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        radius = self.size
-        if radius == 0:
-            return nominal
-        at_top, mass = maximisers(losses, nominal)
-        saturated = (1 + 2 * radius) * mass >= 1
-        scaled, _ = normalised(losses, nominal)
-        active = nominal > 0
-        for _ in range(losses.shape[1] + 1):
-            held = torch.where(active, nominal, 0)
-            part = held.sum(1, keepdim=True)
-            mean = (held * scaled).sum(1, keepdim=True) / part
-            variance = (held * (scaled - mean) ** 2).sum(1, keepdim=True) / part
-            excess = ((1 + 2 * radius) * part - 1).clamp(min=torch.finfo(torch.float64).tiny)
-            eta = mean - (variance / excess).sqrt()
-            kept = active & ((scaled > eta) | saturated)
-            if bool((kept == active).all()):
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.size == 0:
+            return rows.nominal()
+        saturated = (1 + 2 * self.size) * rows.largest() >= 1
+        eta = torch.full_like(rows.total, -2.0)  # below every scaled loss
+        held = rows
+        for _ in range(MAX_ITERATIONS):
+            part, first, second = excess_moments(held, eta)
+            mean = first / part
+            slack = ((1 + 2 * self.size) * part - 1).clamp(min=TINY)
+            rise = mean - ((second / part - mean**2).clamp(min=0) / slack).sqrt()
+            eta = eta + rise
+            if bool((saturated | (rise <= 1e-15)).all()):
                 break
-            active = kept
-        q = held * (scaled - eta).clamp(min=0)
-        q = q / q.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.where(saturated, at_top / mass, q)
+            held = held.above(eta)
+        else:
+            raise NotConverged(f"the dual of a chi-square ball of radius {self.size:g} did not settle")
+        if bool(saturated.any()):
+            slope = torch.where(saturated, torch.inf, -1 / eta)
+            return rows.law(lambda scaled, mass: mass * torch.where(scaled < 0, 1 + slope * scaled, 1).clamp_(min=0))
+        return rows.law(lambda scaled, mass: (1 - scaled / eta).clamp_(min=0).mul_(mass))
 
     def curvature(self, losses: Tensor, nominal: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         held, part, centred, variance = self._active(losses, nominal, weights)
@@ -147,28 +145,29 @@ class Chi2(AmbiguitySet):
     @staticmethod
     def _active(losses: Tensor, nominal: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """On the atoms in play: nominal weights, their mass, centred losses, and sum of p times their squares."""
-        scaled, _ = centred_at_top(losses, nominal)
         held = torch.where(weights > 0, nominal, 0)
         part = held.sum(1, keepdim=True)
-        centred = torch.where(held > 0, scaled - (held * scaled).sum(1, keepdim=True) / part, 0)
+        shifted = below_top(losses, nominal)
+        centred = torch.where(held > 0, shifted - (held * shifted).sum(1, keepdim=True) / part, 0)
         return held, part, centred, (held * centred**2).sum(1, keepdim=True)
 
 
 class CVaR(AmbiguitySet):
     """q_i <= p_i / fraction: the mean of the largest `fraction` of the losses (of the smallest, where sense is "inf").
 
-    sup = min over eta of eta + sum_i p_i (l_i - eta)_+ / fraction. By selection, without a sort where masses are equal.
+    sup = min over eta of eta + sum_i p_i (l_i - eta)_+ / fraction. By selection, without a sort where masses are equal;
+    losses that tie at the end share what is left.
     Source: Rockafellar and Uryasev, Optimization of conditional value-at-risk, 2000.
     """
 
     def __init__(self, fraction: float | Tensor = 0.1):
-        super().__init__(fraction, low=torch.finfo(torch.float64).tiny, high=1.0, meaning="fraction")
+        super().__init__(fraction, low=TINY, high=1.0, meaning="fraction")
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        return top(losses, nominal, self.size)
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return rows.law(largest_part(rows, self.size))
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        return top_drift(losses, nominal, self.size)
+        return largest_part_drift(losses, nominal, self.size)
 
 
 class TotalVariation(AmbiguitySet):
@@ -181,51 +180,57 @@ class TotalVariation(AmbiguitySet):
     def __init__(self, radius: float | Tensor = 0.1):
         super().__init__(radius, high=1.0)
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
-        radius = self.size
-        at_top, mass = maximisers(losses, nominal)
-        if radius == 1:
-            return at_top / mass
-        return radius * at_top / mass + (1 - radius) * top(losses, nominal, 1 - radius)
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.size == 1:
+            return rows.law(lambda scaled, mass: torch.where(scaled == 0, mass, 0))
+        part, received = largest_part(rows, 1 - self.size), self.size / rows.largest()
+        return rows.law(lambda scaled, mass: part(scaled, mass) + received * torch.where(scaled == 0, mass, 0))
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
-        kept = 1 - self.size
-        at_top, mass = maximisers(losses, nominal)
+        at_top = torch.where(below_top(losses, nominal) == 0, nominal, 0)
+        kept, at_top = 1 - self.size, at_top / at_top.sum(1, keepdim=True)
         if kept == 0:
             return torch.zeros_like(losses)
-        return at_top / mass - top(losses, nominal, kept) - kept * top_drift(losses, nominal, kept)
+        part, _ = CVaR(kept).worst(Rows(losses, nominal))
+        return at_top - part - kept * largest_part_drift(losses, nominal, kept)
 
 
-def centred_at_top(losses: Tensor, nominal: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses minus the largest valid one (0 where nothing is valid), and that one (rows, 1)."""
-    valid = nominal > 0
-    largest = torch.where(valid, losses, -torch.inf).amax(1, keepdim=True)
-    return torch.where(valid, losses - largest, 0), largest
+def largest_part(rows: Rows, fraction: float) -> Part:
+    """The part of the nominal masses that holds the largest losses and makes up `fraction` of the mass."""
+    level, share = rows.quantile(fraction)
+    return lambda scaled, mass: torch.where(scaled > level, mass, torch.where(scaled == level, share * mass, 0))
 
 
-def normalised(losses: Tensor, nominal: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses shifted and scaled into [-1, 0], and the range (rows, 1) that they were divided by (0: all are equal)."""
-    shifted, _ = centred_at_top(losses, nominal)
-    size = -shifted.amin(1, keepdim=True)
-    return shifted / torch.where(size > 0, size, 1), size
+def largest_part_drift(losses: Tensor, nominal: Tensor, fraction: float) -> Tensor:
+    """The derivative of the law of `largest_part` in the fraction: what is above shrinks, ties at its end grow."""
+    rows = Rows(losses, nominal)
+    level, _ = rows.quantile(fraction)
+    scaled = rows.scaled(losses)
+    above, tied = torch.where(scaled > level, nominal, 0), torch.where(scaled == level, nominal, 0)
+    return (tied * (above.sum(1, keepdim=True) / tied.sum(1, keepdim=True)) - above) / fraction**2
 
 
-def tilted(t: Tensor, scaled: Tensor, nominal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q proportional to p exp(t l), KL(q, p), its derivative in log t, and what rounding may make of the divergence."""
-    q = nominal * (t * scaled).exp()
-    less = (nominal * (t * scaled).expm1()).sum(1, keepdim=True)  # log1p keeps the digits where t is small
-    total = q.sum(1, keepdim=True)
-    logarithm = torch.where(less > -0.5, less.clamp(min=-0.75).log1p(), total.log())
-    q = q / total
-    mean = (q * scaled).sum(1, keepdim=True)
-    variance = (q * (scaled - mean) ** 2).sum(1, keepdim=True)
-    rounding = 16 * torch.finfo(torch.float64).eps * ((t * mean).abs() + logarithm.abs())
-    return q, t * mean - logarithm, t**2 * variance, rounding
+def excess_moments(rows: Rows, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mass (rows, 1) of the losses above eta, and the sums of their excess over it and of its square."""
+    mass_above, first, second = (torch.zeros_like(eta) for _ in range(3))
+    for _, scaled, mass in rows.pieces():
+        excess = (scaled - eta).clamp_(min=0)
+        weighted = mass * excess
+        mass_above += (mass * excess.sign()).sum(1, keepdim=True)
+        first += weighted.sum(1, keepdim=True)
+        second += torch.linalg.vecdot(weighted, excess).unsqueeze(1)
+    return mass_above, first, second
+
+
+def below_top(losses: Tensor, nominal: Tensor) -> Tensor:
+    """Losses minus the largest that exists, 0 where none does."""
+    exists = nominal > 0
+    return torch.where(exists, losses - torch.where(exists, losses, -torch.inf).amax(1, keepdim=True), 0)
 
 
 def exponent(losses: Tensor, nominal: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For q proportional to p exp(t l): t, the losses centred under q, and their variance; t = 0 where q is extreme."""
-    shifted, _ = centred_at_top(losses, nominal)
+    shifted = below_top(losses, nominal)
     centred = shifted - (weights * shifted).sum(1, keepdim=True)
     variance = (weights * centred**2).sum(1, keepdim=True)
     logarithm = torch.where(weights > 0, (weights / torch.where(nominal > 0, nominal, 1)).log(), 0)

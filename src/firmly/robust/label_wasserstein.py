@@ -9,6 +9,7 @@ from torch import Tensor
 
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.robust.ambiguity import AmbiguitySet, Sense
+from firmly.robust.rows import Rows
 from firmly.robust.transport import Plans, transport
 
 
@@ -159,9 +160,11 @@ class Wasserstein(AmbiguitySet):
         super().__init__(radius)
         self.cost = cost
 
-    def worst(self, losses: Tensor, nominal: Tensor) -> Tensor:
+    def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        losses, nominal = rows.dense()
         plans, row, given = self._plans(losses, nominal)
-        return mixed(plans, plans.share(self.size), row, row, nominal[row, given], losses.shape)
+        weights = mixed(plans, plans.share(self.size), row, row, nominal[row, given], losses.shape)
+        return weights.to(rows.losses.dtype), (weights * losses).sum(1)
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
         plans, row, given = self._plans(losses, nominal)

@@ -87,14 +87,15 @@ def worst_case(
     ambiguity = chosen(divergence, radius)
     masses = masses_of(losses, mask)
     if isinstance(over, str) and over == "pixel":
-        found = ambiguity.worst_case(losses.flatten().unsqueeze(0), masses.flatten().unsqueeze(0), sense, trim)
+        one = None if masses is None else masses.reshape(1, -1)
+        found = ambiguity.worst_case(losses.reshape(1, -1), one, sense, trim)
         return WorstCase(found.risk.squeeze(0), found.weights.reshape(losses.shape))
     groups = groups_of(losses, over)
-    number = int(groups.max()) + 1
-    flat = masses.double().flatten()
+    number = int(groups.max()) + 1 if groups.numel() else 0
+    flat = (torch.ones_like(losses) if masses is None else masses).detach().double().flatten()
     total = flat.new_zeros(number).index_add(0, groups, flat)
     share = flat / total.clamp(min=torch.finfo(torch.float64).tiny)[groups]
-    valid = torch.where(masses > 0, losses, 0).double().flatten()
+    valid = torch.where(flat > 0, losses.flatten(), 0).double()
     means = valid.new_zeros(number).index_add(0, groups, share * valid)
     found = ambiguity.worst_case(means.unsqueeze(0), (total > 0).unsqueeze(0), sense, trim)
     weights = (found.weights.squeeze(0)[groups] * share).reshape(losses.shape)
