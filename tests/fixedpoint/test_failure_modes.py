@@ -225,15 +225,14 @@ def test_momentum_is_not_unrolled_because_its_derivative_can_grow():
             implicit(algorithm, Unrolled())
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-4])
-def test_a_loosened_backward_pass_says_so(lasso, step, tol):
+def test_a_loosened_backward_pass_warns_and_is_a_doubt(lasso, step):
     T, solution = step
     weight = lasso.weight.clone().requires_grad_()
-    found = fixed_point(T, solution, weight, adjoint=Implicit(tol=tol), tol=1e-12)
-    found.state.sum().backward()
-    assert found.backward_residuals[0] <= tol
-    if found.backward_residuals[0] > 1e-10:
-        assert any("linear system has the relative residual" in doubt for doubt in found.doubts())
+    found = fixed_point(T, solution, weight, adjoint=Implicit(plain_cg(6)(T), tol=0.5), tol=1e-12)
+    with pytest.warns(AdjointWarning, match="as its tolerance 0.5 allows"):
+        found.state.sum().backward()
+    assert 1e-3 < found.backward_residuals[0] <= 0.5
+    assert any("linear system has the relative residual" in doubt for doubt in found.doubts())
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), Implicit("manifold"), Implicit("normal-cg"), Neumann(500)], ids=str)

@@ -27,8 +27,9 @@ class Implicit:
     `solver`: "gmres" (any map), "normal-cg" (conjugate gradients on the normal equations: any map, less memory),
     "dense" (forms J: few entries), "manifold" (`implicit` of ForwardBackward, Fista, HeavyBall, and `ProximalGradient`
     maps: a symmetric system on the active manifold of the prior, the smallest), or a `LinearSolver` of your own. None
-    as tolerance is eps^(3/4) of the precision. A residual above it raises `NotConverged`: the gradient would be wrong.
-    Memory does not grow with the iterations of the forward solver.
+    as tolerance is eps^(3/4) of the precision. A residual above it raises `NotConverged`: the gradient would be wrong;
+    one above 1e-3 warns (`AdjointWarning`) even if the tolerance allows it. Memory does not grow with the iterations of
+    the forward solver.
     """
 
     solver: Literal["gmres", "normal-cg", "dense", "manifold"] | LinearSolver = "gmres"

@@ -61,10 +61,10 @@ class FixedPoint:
     def degenerate(self) -> bool:
         """Whether a derivative found a direction without curvature: x is not unique, and what was returned is the
         derivative of least norm, right for what is unique (predictions)."""
-        return any(c <= self.finest for c in self.least_curvatures)
+        return any(c <= self._finest for c in self.least_curvatures)
 
     @property
-    def finest(self) -> float:
+    def _finest(self) -> float:
         dtype = (self.state if isinstance(self.state, Tensor) else self.state[0]).dtype
         return torch.finfo(dtype).eps ** 0.75
 
@@ -78,12 +78,12 @@ class FixedPoint:
         """
         found = [] if self.converged else [str(self.status)]
         worst = max(self.backward_residuals, default=0.0)
-        if worst > self.finest:
+        if worst > self._finest:
             found.append(f"a derivative has been taken whose linear system has the relative residual {worst:.3g}")
         curvature = min(self.least_curvatures, default=1.0)
         if self.degenerate:
             found.append("the solution is not unique: its derivative is that of least norm, right for predictions")
-        elif curvature < self.finest**0.5:
+        elif curvature < self._finest**0.5:
             found.append(
                 f"ill-conditioned: curvatures along the active manifold differ by a factor of {1 / curvature:.1g}"
             )

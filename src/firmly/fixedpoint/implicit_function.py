@@ -19,6 +19,8 @@ from firmly.fixedpoint.adjoints import Adjoint, AdjointWarning, Implicit, Neuman
 from firmly.fixedpoint.gmres import gmres
 from firmly.fixedpoint.state import norms
 
+LOOSE = 1e-3  # a gradient that is wrong by more is worth a warning, whatever was asked for
+
 Map = Callable[..., Tensor]  # (x (batch, entries), *parameters) -> (batch, entries)
 
 
@@ -92,6 +94,13 @@ class Problem:
         residual = float(relative.max())
         self.residuals.append(residual)
         if residual <= tol:
+            if isinstance(self.adjoint, Implicit) and residual > LOOSE:
+                warnings.warn(
+                    f"the system of an implicit derivative is solved to the relative residual {residual:.3g} only, as "
+                    f"its tolerance {tol:.3g} allows: the gradient is wrong by about as much, or more",
+                    AdjointWarning,
+                    stacklevel=2,
+                )
             return u
         text = (
             f"the system of an implicit derivative has the relative residual {residual:.3g}, the tolerance is {tol:.3g}"
