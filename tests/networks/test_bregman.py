@@ -112,6 +112,13 @@ def test_inverse_and_log_det_in_every_form(form):
     assert torch.allclose(net.log_det(x), torch.linalg.slogdet(jacobians(net, x)).logabsdet, atol=1e-9)
 
 
+def test_inverse_of_convolutions():
+    net = learned(BregmaNet(2, 3, "softplus", invertible=True, spatial=(4, 4)), 0.3)
+    u = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    assert torch.allclose(net.inverse(net(u)), u, rtol=1e-9, atol=1e-10)
+    assert torch.allclose(net.log_det(u), torch.linalg.slogdet(jacobians(net, u)).logabsdet, atol=1e-9)
+
+
 def test_what_is_not_invertible_is_refused():
     with pytest.raises(ConditionError, match="keeps its width"):
         BregmaNet([4, 3], invertible=True)

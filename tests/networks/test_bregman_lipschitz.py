@@ -109,6 +109,8 @@ def test_what_has_no_bound():
     assert bounds_on_box(BregmaNet(3, 2, "exp"), -1.0, 1.0).dual < math.inf
     with pytest.raises(ConditionError, match="low <= high"):
         bounds_on_box(net, 1.0, -1.0)
+    with pytest.raises(ConditionError, match="holds no input"):
+        bounds_on_box(BregmaNet(3, 2, "tanh", form="primal"), 1.0, 2.0)
     with pytest.raises(ConditionError, match="low <= high"):
         OnBox(net, math.nan, 1.0)
     net.layers[0].activation = legendre("tanh")

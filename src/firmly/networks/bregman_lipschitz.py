@@ -208,6 +208,8 @@ def ranges_of(net: BregmaNet, low: float | Tensor, high: float | Tensor) -> list
     require_box(low, high)
     device, pair, shape = next(net.parameters()).device, net.activation, net.inputs["data"]
     ends = [torch.as_tensor(end, dtype=torch.float64, device=device).expand(shape) for end in (low, high)]
+    if net.form == "primal" and not bool(((ends[0] < pair.domain[1]) & (ends[1] > pair.domain[0])).all()):
+        raise ConditionError(f"the box lies outside the domain {pair.domain} of {pair}, and holds no input")
     u: Range = to_dual(pair, (ends[0], ends[1])) if net.form == "primal" else (ends[0], ends[1])
     ranges = [u]
     for layer in layers_of(net):
