@@ -229,6 +229,19 @@ def test_hypergradients_at_five_weights():
         assert found == pytest.approx(differences, rel=1e-6)
 
 
+@pytest.mark.parametrize("adjoint", [Implicit("manifold"), Implicit("dense")], ids=str)
+def test_gradients_of_a_batch_are_those_of_its_elements(adjoint):
+    X, Y = numbers(20, 8) / 20**0.5, numbers(4, 20, seed=1)
+    layer = implicit(fm.algorithms.ForwardBackward(fm.linear.Dense(X), L1(0.2)), adjoint, Anderson(), tol=TOL)
+
+    def gradient(y):
+        y = y.clone().requires_grad_()
+        return torch.autograd.grad(layer(y).square().sum(), y)[0]
+
+    alone = torch.cat([gradient(y[None]) for y in Y])
+    torch.testing.assert_close(gradient(Y), alone, rtol=0, atol=1e-12)
+
+
 def test_derivatives_of_proximal_maps():
     z, weight = numbers(6, seed=3), 0.4
     size = torch.linalg.vector_norm(z)
