@@ -324,6 +324,8 @@ def test_large_convolutions_are_exact_only_where_they_are_diagonal(monkeypatch: 
     assert torch.allclose(log_det(layer, constant), exact, atol=1e-10)
     with pytest.raises(NotDiagonal, match="estimate_log_det"):
         log_det(layer, varying)
+    with pytest.raises(NotDiagonal, match="no gradient in u"):
+        log_det(layer, constant.clone().requires_grad_())
 
 
 def test_gradients_of_log_det():
@@ -349,6 +351,28 @@ def test_the_estimate_is_unbiased_beyond_contractions():
     batches = [estimate_log_det(layer, u, 20, torch.Generator().manual_seed(k)) for k in range(30)]
     found = torch.stack([torch.autograd.grad(b.value.sum(), weight)[0] for b in batches])
     assert within(found.mean(0), found.std(0) / math.sqrt(len(found)), expected)
+
+
+def test_the_gradient_of_the_estimate_is_taken_once():
+    """It reaches u, also where u itself depends on the same weight, and refuses to be differentiated again."""
+    layer = Residual(Dense(nn.Parameter(torch.tensor([[0.8]]))), TANH)
+    weight, generator = layer.outer.weight, torch.Generator().manual_seed(0)
+    u = torch.tensor([[0.3]])
+    for call in (
+        log_det,
+        lambda *args: estimate_log_det(*args, 4, generator).value,
+    ):  # one entry: no noise in the signs
+        gradient = torch.autograd.grad(call(layer, u + layer(u)).sum(), weight, create_graph=True)[0]
+        assert float(gradient.detach()) == pytest.approx(
+            float(
+                torch.autograd.functional.jacobian(
+                    lambda w: torch.log1p(w * TANH.derivative(u + w * torch.tanh(u))), weight.detach()
+                )
+            ),
+            rel=1e-12,
+        )
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), weight)
 
 
 def test_the_roulette_series_is_unbiased_and_only_for_contractions():

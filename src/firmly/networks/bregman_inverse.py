@@ -40,7 +40,7 @@ def inverse(layer: nn.Module, v: Tensor, max_iterations: int = 200) -> Tensor:
 
     Derivatives of any order in v and all weights are implicit. Raises `ConditionError` for layers that are not proved
     to be invertible, and `NotConverged` where |F(u) - v| stays above eps^(3/4) (|v| + |u|). A traced v records a
-    monotone loop, so that `certify` bounds the exact inverse. Source: docs/theory/bregman.
+    monotone loop, so that `certify` bounds the exact inverse. Source: docs/theory/bregman_invertibility.
     """
     residual, proof = residual_of(layer), invertibility(layer)
     if has_torch_function((v,)):

@@ -1,7 +1,7 @@
 """When u -> u + V rho(K u + c) + b is a bijection: conditions that are proved, and weights that satisfy them.
 
 A Bregman layer in dual coordinates is the case K = Id, V = W; with V and K it is a wide layer with rho in between.
-docs/theory/bregman has the proofs.
+docs/theory/bregman_invertibility has the proofs.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def invertibility(layer: nn.Module) -> Invertibility:
     Eigenvalues are bounded in float64 with their rounding, by Cholesky factorisations. The answer is kept while the
     weights are unchanged. Raises `ConditionError` with the condition that failed and by how much, and `NotCertifiable`
     for maps without a certified norm.
-    Source: docs/theory/bregman; (a) is Behrmann et al., Invertible residual networks, ICML 2019.
+    Source: docs/theory/bregman_invertibility; (a) is Behrmann et al., Invertible residual networks, ICML 2019.
     """
     residual = residual_of(layer)
     known = _known.get(layer)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError
 from firmly.fixedpoint.gmres import gmres
@@ -26,12 +28,12 @@ def log_det(layer: nn.Module, u: Tensor) -> Tensor:
     Triangular weights need a sum only. The determinant of a product around a circle is the same wherever the circle is
     cut (Sylvester): it is formed where it is narrowest, which is the rank of V and K as they are composed. Matrices of
     up to 1024 rows are factorised. Convolutions beyond that are treated frequency by frequency where the slopes of
-    every channel are constant over the pixels, since only there the product is diagonal. Others raise `NotDiagonal`:
-    `estimate_log_det` is for them.
+    every channel are constant over the pixels, since only there the product is diagonal, without a gradient in u.
+    Others raise `NotDiagonal`: `estimate_log_det` is for them.
 
     Gradients reach u and all weights. Raises `ConditionError` for layers that are not proved to be invertible; of those
     that are, the determinant is positive. In primal coordinates add sum log rho'(u+) - sum log rho'(u).
-    Source: docs/theory/bregman; van den Berg et al., Sylvester normalizing flows, 2018 (low rank).
+    Source: docs/theory/bregman_invertibility; van den Berg et al., Sylvester normalizing flows, 2018 (low rank).
     """
     invertibility(layer)
     return log_det_of(residual_of(layer), u)
@@ -79,6 +81,11 @@ def by_frequency(residual: Residual, slopes: Tensor) -> Tensor:
             f"no exact log-determinant: W diag(rho') on {residual.outer.domain} has over {LARGEST_MATRIX} entries, is "
             "of no low rank, and rho' varies over the pixels, so that frequencies mix; use estimate_log_det"
         )
+    if slopes.requires_grad:
+        raise NotDiagonal(
+            "the determinant is a product over frequencies only while rho' is constant over the pixels, which a change "
+            "of u ends: no gradient in u; detach u, or use estimate_log_det"
+        )
     basis = Fourier(spatial, full=True, track=False, device=slopes.device)
     V = residual.outer.symbol(basis).value  # (frequencies, out, in)
     blocks = V[None] * per_channel[:, None, None, :, 0].to(V.dtype)
@@ -102,27 +109,65 @@ def estimate_log_det(layer: nn.Module, u: Tensor, probes: int = 16, generator: t
     of `invertibility` does so with t V for every t in [0, 1]. Each probe draws t and a random sign vector e and takes
     e'(Id + t G)^-1 G e, with t stratified over the probes, which makes the standard error, that of independent probes,
     an overestimate. No power series is involved, so that |V| |K| L may be larger than 1. The gradient in u and all
-    weights is unbiased, too: that of e'(Id + G)^-T G e with the solve held fixed. Raises `NotConverged` where GMRES
-    does not reach its tolerance. Source: derived in docs/theory/bregman; Hutchinson 1990 for the trace.
+    weights is unbiased, too: that of a' G e for a = (Id + G)^-T e held fixed, which can be taken once. Raises
+    `NotConverged` where GMRES does not reach its tolerance.
+    Source: derived in docs/theory/bregman_invertibility; Hutchinson 1990 for the trace.
     """
     if probes < 2:
         raise SettingsError(f"a standard error needs at least 2 probes, given {probes}")
     invertibility(layer)
     residual = residual_of(layer)
+    tensors = {**dict(residual.named_parameters()), **dict(residual.named_buffers())}
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    inputs = (u, *(tensors[name] for name in names))
+    with torch.no_grad():
+        value, signs, back = path_integral(residual, u, probes, generator, any(x.requires_grad for x in inputs))
+    return summary(FirstOrder.apply(value, Probes(residual), names, (signs, back), *inputs), probes)
+
+
+def path_integral(
+    residual: Residual, u: Tensor, probes: int, generator: torch.Generator | None, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e'(Id + t G)^-1 G e for every probe and element, the signs e, and (Id + G)^-T e where a gradient is wanted."""
     G, transposed, signs = probed(residual, u, probes, generator)
     where = torch.rand(probes, generator=generator, dtype=u.dtype, device=signs.device)
     t = ((torch.arange(probes, device=signs.device) + where) / probes).to(u).repeat_interleave(len(u))
     t = t.reshape(-1, *[1] * (u.dim() - 1))
     e = signs.to(u)
-    image = G(e)
-    with torch.no_grad():
-        value = (e * solve(lambda x: x + t * G(x), image.detach())).flatten(1).sum(1)
-    if image.requires_grad:
-        with torch.no_grad():
-            a = solve(lambda x: x + transposed(x), e)
-        gradient = (a * image).flatten(1).sum(1)
-        value = value + gradient - gradient.detach()
-    return summary(value, probes)
+    value = (e * solve(lambda x: x + t * G(x), G(e))).flatten(1).sum(1)
+    return value, e, solve(lambda x: x + transposed(x), e) if gradient else e
+
+
+class Probes(nn.Module):
+    """a' G e for every probe and element."""
+
+    def __init__(self, of: Residual):
+        super().__init__()
+        self.of = of
+
+    def forward(self, u: Tensor, e: Tensor, a: Tensor) -> Tensor:
+        slopes = self.of.slopes(u).repeat(len(e) // len(u), *[1] * (u.dim() - 1))
+        return (a * self.of.outer(slopes * (e if self.of.inner is None else self.of.inner(e)))).flatten(1).sum(1)
+
+
+class FirstOrder(torch.autograd.Function):
+    """A value with the gradient of another function of u and the weights, which is right once and not twice."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, probes: Probes, names: list[str], fixed: tuple[Tensor, ...], *inputs: Tensor):
+        ctx.probes, ctx.names, ctx.fixed = probes, names, fixed
+        ctx.save_for_backward(*inputs)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            weights = {f"of.{name}": tensor for name, tensor in zip(ctx.names, inputs[1:])}
+            output = functional_call(ctx.probes, weights, (inputs[0], *ctx.fixed))
+        found = torch.autograd.grad(output, inputs, gradients[0], allow_unused=True)
+        return None, None, None, None, *found
 
 
 def series_log_det(
