@@ -6,6 +6,8 @@ stay the same. What is left is small, and `firmly.implicit` differentiates it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from firmly.fixedpoint.fixed_point import fixed_point
 from firmly.fixedpoint.proximal_gradient import ProximalGradient
 from firmly.fixedpoint.solvers import Anderson
 from firmly.linear.dense import Dense
+from firmly.priors.accelerated import largest_eigenvalue
 from firmly.priors.duality import gap_at
 from firmly.priors.lasso import lasso
 from firmly.priors.penalty import Penalty
@@ -61,7 +64,7 @@ def implicit_lasso(
     inside = (groups[:, None] * group + torch.arange(group, device=y.device)).flatten()
     A, start = D.index_select(1, inside), code[:, inside]
     weights = weight if weight.dim() == 0 or weight.shape[-1] == 1 else weight.index_select(-1, groups)
-    step_size = Dense(A.detach()).norm().upper ** -2
+    step_size = 1 / largest_eigenvalue(replace(exact, D=Dense(A.detach())))
     if group == 1:
         T = ProximalGradient(slope, lambda A, y, w, c: ElasticNet(w, c), step_size)
     else:  # a mixed norm takes (batch, time, sources)
@@ -89,11 +92,13 @@ def undecided(problem: Problem, z: Tensor) -> Tensor:
     batch, at least one: indices."""
     z, penalty, weight = z.double(), problem.penalty, problem.D.matrix()
     used = z.any(0).nonzero()[:, 0]
-    r = problem.y - z[:, used] @ weight[:, used].mT
+    codes, atoms = z[:, used], weight[:, used].mT
+    r = problem.y - codes @ atoms
     c = problem.correlate(r)
     objective, gap = gap_at(penalty, z, r, c)
     eps = torch.finfo(r.dtype).eps
-    radius = (2 * gap + 100 * eps * objective).sqrt() + len(weight) * eps * r.norm(dim=1)  # with rounding
+    rounding = (len(weight) + len(used) + 2) * eps * (problem.y.abs() + codes.abs() @ atoms.abs()).norm(dim=1)
+    radius = (2 * gap.clamp(min=0) + 100 * eps * objective).sqrt() + rounding
     margin = penalty.weight - penalty.norms(c)
     reach = margin / radius[:, None].clamp(min=torch.finfo(r.dtype).tiny)
     reach = reach.amin(0)  # groups of a smaller norm vanish
