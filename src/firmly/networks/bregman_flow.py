@@ -48,7 +48,8 @@ class WideBregmanLayer(nn.Module):
     that lam_min(sym K V) >= -(1 - margin) / L. rho is the activation with a learned scale of each entry (`Tempered`),
     which leaves its slopes alone. Raises `ConditionError` for margins outside (0, 1) and activations with an unbounded
     slope.
-    Source: derived in docs/theory/bregman_invertibility; the contraction is Behrmann et al., Invertible residual networks, 2019.
+    Source: derived in docs/theory/bregman_invertibility; the contraction: Behrmann et al., Invertible residual
+    networks, ICML 2019.
     """
 
     def __init__(
