@@ -11,7 +11,7 @@ from torch import Tensor
 import firmly as fm
 from firmly.errors import ConditionError, DataError, SettingsError, ShapeError
 from firmly.lab.flow_data import PLANE, table_split
-from firmly.lab.flows import FlowSettings, fit_density, fit_table, flow_of, gaussian_likelihood, interval
+from firmly.lab.flows import FlowSettings, compare, fit_density, fit_table, flow_of, gaussian_likelihood, interval
 from firmly.lab.run_folder import RunFolder
 from firmly.networks.bregman_flow import Affine, BregmanFlow, InverseMatrix, WideBregmanLayer
 from firmly.networks.bregman_inverse import Inverse
@@ -165,6 +165,15 @@ def test_tables(tmp_path):
     trained = fit_table("wine", "one-sided", settings, 0, RunFolder(tmp_path))
     assert -25 < trained.test < -10
     assert -25 < gaussian_likelihood("wine", 0) < -10
+
+
+def test_a_comparison(tmp_path):
+    settings = FlowSettings(depth=1, width=4, steps=20, batch=32, test=500, seeds=2)
+    found = compare(PLANE[2], settings, RunFolder(tmp_path))
+    assert found.reference.mean == pytest.approx(-math.log(32))
+    assert found.gain.mean == pytest.approx(found.ours.mean - found.twin.mean)
+    assert max(found.ours.mean, found.twin.mean) < found.reference.mean
+    assert [flow.layers[1].condition for flow in found.flows] == CONDITIONS
 
 
 def test_intervals():

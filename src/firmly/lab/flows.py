@@ -125,8 +125,7 @@ def fit_density(
     outcome = fit_flow(
         flow, lambda g: density.sample(settings.batch, g).float(), plan, run_folder, name, callback=callback
     )
-    test = density.sample(settings.test, torch.Generator().manual_seed(10_000))
-    return Trained(flow, likelihood(flow, test), outcome)
+    return Trained(flow, likelihood(flow, points_for_test(density, settings)), outcome)
 
 
 def fit_table(
@@ -181,3 +180,43 @@ def interval(values: list[float]) -> Interval:
         return Interval(values[0], math.inf)
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(statistics.fmean(values), half)
+
+
+class Comparison(NamedTuple):
+    """Test log-likelihoods in nats, means over seeds, of both conditions and of a reference: the true density, or for
+    tables a normal density. `flows` are the trained flows of the first seed, ours first."""
+
+    name: str
+    ours: Interval
+    twin: Interval
+    gain: Interval  # ours less twin, seed by seed
+    reference: Interval
+    flows: tuple[BregmanFlow, BregmanFlow]
+
+
+def compare(
+    data: Density | Table, settings: FlowSettings, run_folder: RunFolder,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Comparison:  # fmt: skip
+    """Flows of both conditions, `settings.seeds` of each, on a density of the plane or splits of a table."""
+    trained: list[list[Trained]] = []
+    references = []
+    for seed in range(settings.seeds):
+        if isinstance(data, str):
+            trained.append([fit_table(data, c, settings, seed, run_folder, callback) for c in CONDITIONS])
+            references.append(gaussian_likelihood(data, seed))
+        else:
+            trained.append([fit_density(data, c, settings, seed, run_folder, callback) for c in CONDITIONS])
+    if not isinstance(data, str):
+        test = points_for_test(data, settings)
+        references = [float(torch.cat([data.log_prob(part) for part in test.split(4096)]).mean())] * settings.seeds
+    ours, twin = ([pair[k].test for pair in trained] for k in (0, 1))
+    gains = [a - b for a, b in zip(ours, twin)]
+    name = data if isinstance(data, str) else data.name
+    flows = (trained[0][0].flow, trained[0][1].flow)
+    return Comparison(name, interval(ours), interval(twin), interval(gains), interval(references), flows)
+
+
+def points_for_test(density: Density, settings: FlowSettings) -> Tensor:
+    """The points on which every flow of a density is tested."""
+    return density.sample(settings.test, torch.Generator().manual_seed(10_000))
