@@ -15,6 +15,7 @@ FIRST_MOVE, LONGEST_MOVE, SHORTEST_MOVE = 0.5, 2.0, 1e-4  # the largest change o
 ARMIJO, WOLFE = 1e-4, 0.9
 MEMORY = 20  # steps that the quasi-Newton matrix remembers
 NEAR = (0.1, 0.01, 0.001)  # how near the gradients of a kink are: as near as they do not cancel
+ROUNDS = 20  # attempts to leave a kink, each of which adds gradients
 PAIRS = 300  # steps towards the least convex combination
 
 
@@ -76,32 +77,25 @@ class Descent:
 
     def run(self, point: Point) -> Ending:
         """The points evaluated are in `seen`, without a promise which is the best."""
-        self.seen.append(point)
-        kinks = 0
+        self.seen.append(point._replace(solution=None))
         while True:
             if not bool(point.gradient.any()):
                 return Ending.FLAT
             if self.gain(point, point.gradient) <= STATIONARY * abs(point.objective):
                 return Ending.STATIONARY
-            new = self.search(point, self.quasi_newton(point))
-            if new is None and self.memory and self.left() > 0:
-                self.memory = []
-                new = self.search(point, self.limited(-point.gradient, FIRST_MOVE))
-            if new is None and self.left() > 0:
-                candidates = (self.least_gradient(point, reach) for reach in NEAR)
+            new, rounds = self.search(point, self.quasi_newton(point)), 0
+            while new is None and self.left() > 0:
                 goal = STATIONARY * abs(point.objective)
+                candidates = (self.least_gradient(point, reach) for reach in NEAR)
                 least = next((g for g in candidates if self.gain(point, g) > goal), None)
                 if least is None:
                     return Ending.KINK
-                new = self.search(point, self.limited(-least, FIRST_MOVE), least)
-                kinks += 1
-            if new is None:
-                if self.left() <= 0:
-                    return Ending.LIMIT
-                if kinks > MEMORY:
+                if rounds == ROUNDS:
                     return Ending.STALLED
-                continue
-            kinks = 0
+                self.memory, rounds = [], rounds + 1
+                new = self.search(point, self.limited(-least, FIRST_MOVE), least)
+            if new is None:
+                return Ending.LIMIT
             change, bend = new.place - point.place, new.gradient - point.gradient
             if float(change @ bend) > 1e-12 * float(change.norm() * bend.norm()):
                 self.memory = [*self.memory, (change, bend)][-MEMORY:]
@@ -121,7 +115,7 @@ class Descent:
                 return found
             new = self.evaluate(place)
             if new is not None:
-                self.seen.append(new)
+                self.seen.append(new._replace(solution=None))
             if new is None or new.objective > point.objective + ARMIJO * promised + self.slack(point):
                 if found is not None:
                     return found

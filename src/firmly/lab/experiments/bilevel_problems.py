@@ -71,12 +71,15 @@ def neighbours(samples: int, noise: float) -> Table:
     def draw(generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], ...]:
         found = []
         for images, count in zip(kinds, (samples, samples, 4000)):
+            which = torch.randint(len(images), (count,), generator=generator)
+            part = torch.rand(count, 2, generator=generator, dtype=torch.float64)
             rows = []
-            for _ in range(count):
-                image = images[int(torch.randint(len(images), (), generator=generator))][0].double()
-                i, j = (int(torch.randint(4, size - 4, (), generator=generator)) for size in image.shape)
-                rows.append(torch.cat([image[i + place[:, 0], j + place[:, 1]], image[i, j, None]]))
-            values = torch.stack(rows)
+            for k, image in enumerate(images):
+                size = torch.tensor(image.shape[1:]) - 8
+                at = 4 + (part[which == k] * size).long()
+                around = torch.cat([place, torch.zeros(1, 2, dtype=torch.long)]) + at[:, None]
+                rows.append(image[0].double()[around[..., 0], around[..., 1]])
+            values = torch.cat(rows)
             level = values[:, :-1].mean(1, keepdim=True)
             near = values[:, :-1] - level + noise * torch.randn(values[:, :-1].shape, generator=generator).double()
             found.append((near, values[:, -1:] - level))
