@@ -18,7 +18,7 @@ from firmly.algorithms.equilibrium import EquilibriumForwardBackward, PeacemanRa
 from firmly.errors import NotConverged
 from firmly.fixedpoint.gmres import gmres
 from firmly.fixedpoint.solve import Status, batch_norm, refuse_bad, solve
-from firmly.linear.blocks import turn
+from firmly.linear.blocks import reversed_axes, turn
 from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.monotone import loop_resolvent, monotonicity
 from firmly.prox.prior import Prior, smallest
@@ -52,6 +52,7 @@ def attached(splitting: Splitting, w: Tensor, tol: float | None, max_iterations:
     """The equilibrium with its gradient."""
     check(splitting.conditions())
     refuse_bad("the input of an equilibrium", w, splitting.data_shape)
+    w = reversed_axes(turn(w))  # the layout of the products; sums of tensors in two layouts are slow
     errors, finest = _errors.get(), torch.finfo(w.dtype).eps ** 0.75
     tol = finest if tol is None or errors is not None else tol
     v, reached = iterated(splitting, splitting.loop, splitting.prior, w.detach(), tol, max_iterations)
@@ -66,7 +67,7 @@ def attached(splitting: Splitting, w: Tensor, tol: float | None, max_iterations:
         image = splitting.prior.prox(splitting.loop(v) + w, 1.0)
         if errors is not None:
             errors.append(relative_error(splitting, v, image))
-        return image
+        return image.contiguous()
     entering = splitting.loop(v.requires_grad_(not diagonal)) + w
     image = splitting.prior.prox(entering, 1.0)
     if errors is not None:
@@ -115,12 +116,12 @@ def by_splitting(
     with torch.enable_grad():
         z = entering.detach().requires_grad_()
         (slopes,) = torch.autograd.grad(splitting.prior.prox(z, 1.0).sum(), z)
-    linear = Slopes(turn(slopes).permute(*reversed(range(slopes.dim()))))
+    linear, gradient = Slopes(slopes), reversed_axes(turn(gradient))
     transposed, a = splitting.loop.T, splitting.step_size
     finer = max(tol * min(1.0, smallest(a)), 8 * torch.finfo(gradient.dtype).eps)  # short steps change little
     y, _ = iterated(splitting, transposed, linear, gradient, min(tol, finer), max_iterations)
     u = gradient + transposed(y)
-    away, size = batch_norm((slopes * u - y,)), batch_norm((u,))
+    away, size = last_norms(reversed_axes(slopes * u - y)), last_norms(reversed_axes(u))
     return u, float((away / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
 
 
@@ -148,14 +149,14 @@ def iterated(
     offset = reflection.product(turned, adjoint).add_(turned).mul_(a)
     u = offset
     for k in range(max_iterations + 1):
-        v = turn(prior.prox(u.permute(*reversed(range(u.dim()))), a))
+        v = turn(prior.prox(reversed_axes(u), a))
         image = reflection.product(v.mul(2.0).sub_(u), adjoint).add_(offset)
         residual = relative_change(image, u)
         if residual <= tol or k == max_iterations or not math.isfinite(residual):
             break
         u = image
     status = Status.CONVERGED if residual <= tol else Status.LIMIT if math.isfinite(residual) else Status.NON_FINITE
-    return turn(v), Reached(status, residual, k)
+    return reversed_axes(v), Reached(status, residual, k)
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
@@ -200,7 +201,7 @@ class Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, adjoint: Callable[[Tensor], tuple[Tensor, float]], tol: float) -> Tensor:
         ctx.adjoint, ctx.tol = adjoint, tol
-        return image.clone()
+        return image.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable

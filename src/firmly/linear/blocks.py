@@ -34,7 +34,7 @@ class Blocks:
     def __call__(self, x: Tensor, adjoint: bool = False) -> Tensor:
         if x.is_complex():
             return torch.complex(self(x.real, adjoint), self(x.imag, adjoint))
-        return turn(self.product(turn(x), adjoint))
+        return reversed_axes(self.product(turn(x), adjoint))
 
     def product(self, x: Tensor, adjoint: bool = False) -> Tensor:
         """The map, or its adjoint, of data in the layout of `turn`."""
@@ -84,8 +84,13 @@ class Blocks:
 
 
 def turn(x: Tensor) -> Tensor:
-    """(batch, channel, *spatial) to (*reversed spatial, channel, batch), or back."""
-    return x.permute(*reversed(range(x.dim()))).contiguous()
+    """(batch, channel, *spatial) to (*reversed spatial, channel, batch), or back, contiguous in memory."""
+    return reversed_axes(x).contiguous()
+
+
+def reversed_axes(x: Tensor) -> Tensor:
+    """The same numbers in the same memory, with the axes in reversed order."""
+    return x.permute(*reversed(range(x.dim())))
 
 
 def transformed(x: Tensor, axes: int) -> Tensor:
