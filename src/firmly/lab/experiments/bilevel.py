@@ -187,7 +187,7 @@ def weights(table: Table, every: list[list[Choice]], run: RunFolder) -> list[Blo
         Line(choice.name, [(j + 1, float(choice.weights[j])) for j in features], role)
         for choice, role in zip(every[0][:4], ("twin", "other", "ours", "data"))
     ]
-    blocks.append(Chart(lines, "feature", "weight", "The weights of all features, first draw.", log_y=True))
+    blocks.append(Chart(lines, "feature", "weight", "The weights of all features, first draw.", log_y=True, dots=True))
     if table.grid is not None:
         items = []
         for choice, name in ((every[0][2], "groups"), (every[0][3], "features")):

@@ -87,8 +87,9 @@ def neighbours(samples: int, noise: float) -> Table:
 
     groups = distance.round().long() - 1
     return Table(
-        f"a pixel of a photograph from {len(offsets)} noisy neighbours", draw, Squared(), [str(o) for o in offsets],
-        groups, [f"distance {k + 1}" for k in range(int(groups.max()) + 1)], distance.log()[:, None], place + 4,
+        f"a pixel of a photograph from {len(offsets)} noisy neighbours (row, column)", draw, Squared(),
+        [str(offset) for offset in offsets], groups, [f"distance {k + 1}" for k in range(int(groups.max()) + 1)],
+        distance.log()[:, None], place + 4,
         "squared error",
     )  # fmt: skip
 
