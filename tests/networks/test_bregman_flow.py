@@ -80,6 +80,14 @@ def test_wide_layers_are_proved_whatever_they_learn(condition):
         assert torch.allclose(layer.inverse(v), u, atol=1e-8)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    flow, x = random_flow().cuda(), points(20, 3).cuda()
+    assert torch.allclose(flow.inverse(flow(x)), x, atol=1e-9)
+    assert torch.allclose(flow.log_prob(x).cpu(), flow.cpu().log_prob(x.cpu()), atol=1e-9)
+    assert flow.inverse_lipschitz() > 0
+
+
 def test_gradients_of_the_inverse_reach_every_weight():
     layer = WideBregmanLayer(2, 3, generator=torch.Generator().manual_seed(0)).double()
     v = points(1, 2).requires_grad_()

@@ -41,7 +41,7 @@ class NoisyCurve:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """By the midpoint rule along the curve, whose nodes lie several times denser than the noise."""
-        t = (torch.arange(self.nodes, dtype=torch.float64) + 0.5) / self.nodes
+        t = (torch.arange(self.nodes, dtype=torch.float64, device=x.device) + 0.5) / self.nodes
         squared = torch.cdist(x.double(), self.curve(t)).square()
         normal = -squared / (2 * self.noise**2) - math.log(2 * math.pi * self.noise**2)
         return normal.logsumexp(1) - math.log(self.nodes)

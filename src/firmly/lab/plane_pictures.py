@@ -41,7 +41,7 @@ def grid_picture(grid: Grid, extent: float | None = None) -> bytes:
 def histogram(points: Tensor, extent: float, bins: int = 140) -> Tensor:
     """How many of the points (count, 2) are in each of bins x bins squares of [-extent, extent]^2, relative to the
     99.5 percent quantile of those that are not empty: (bins, bins), the first row is the top."""
-    cell = torch.floor((points.double() / extent + 1) / 2 * bins).long()
+    cell = torch.floor((points.detach().cpu().double() / extent + 1) / 2 * bins).long()
     cell = cell[((cell >= 0) & (cell < bins)).all(1)]
     counts = torch.zeros(bins, bins, dtype=torch.float64)
     counts.index_put_((bins - 1 - cell[:, 1], cell[:, 0]), torch.ones(len(cell), dtype=torch.float64), accumulate=True)
