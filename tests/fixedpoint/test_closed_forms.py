@@ -11,7 +11,7 @@ from tests.fixedpoint.test_layer import FlatDense, LassoProblem
 
 import firmly as fm
 from firmly.fixedpoint import AdjointWarning, Anderson, Implicit, Neumann, Picard, ProximalGradient, Unrolled, implicit
-from firmly.prox import L1, L2, TV1D, ElasticNet, GroupL1, Nuclear, Simplex
+from firmly.prox import L1, L2, TV, TV1D, ElasticNet, GroupL1, Nuclear, Simplex
 
 TOL = 1e-14
 
@@ -275,6 +275,21 @@ def test_derivative_of_a_spectral_map():
     same = torch.eye(4, dtype=torch.bool)
     F = torch.where(same, torch.diag((values.abs() > weight).double()), (f[:, None] - f) / torch.where(same, 1, gaps))
     torch.testing.assert_close(found, U @ (F * (U.mT @ E @ U)) @ U.mT, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prior", [Nuclear(0.3), TV(0.3)], ids=["nuclear", "tv"])
+def test_priors_whose_derivative_only_plain_autograd_knows(prior):
+    A, y, v = FlatDense(numbers(15, 12, seed=4) / 4, (1, 4, 3)), numbers(1, 15, seed=6), numbers(1, 1, 4, 3, seed=7)
+    layer = implicit(fm.algorithms.ForwardBackward(A, prior), solver=Anderson(), tol=1e-12)
+    y.requires_grad_()
+    found = torch.autograd.grad((layer(y) * v).sum(), y)[0]
+    with torch.no_grad():
+        for k in range(3):
+            e = torch.zeros_like(y)
+            e[0, k] = 1e-4  # the prox of TV is itself an iteration, whose error differences divide
+            assert float(((layer(y + e) - layer(y - e)) * v).sum()) / 2e-4 == pytest.approx(
+                float(found[0, k]), abs=2e-5
+            )
 
 
 def test_a_truncated_series_errs_as_predicted():

@@ -42,8 +42,36 @@ class Problem:
         """J w, by transposing J^T: no forward-mode rules of T are needed."""
         return torch.func.vjp(lambda u: self.pull(x, parameters, u), torch.zeros_like(x))[1](w)[0]
 
+    def linear(self, transposed: bool, x: Tensor, parameters: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """u -> J^T u if transposed, else u -> J u, with one evaluation of T for all u."""
+
+        def pulled(u: Tensor) -> Tensor:
+            return torch.func.vjp(lambda z: self.T(z, *parameters), x)[1](u)[0]
+
+        if not transposed:
+            push = torch.func.vjp(pulled, torch.zeros_like(x))[1]
+            return lambda w: push(w)[0]
+        if not plain_autograd():
+            pull = torch.func.vjp(lambda z: self.T(z, *parameters), x)[1]
+            return lambda u: pull(u)[0]
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            image = self.T(z, *(p.detach() for p in parameters))
+        if not image.requires_grad:
+            return torch.zeros_like
+        return lambda u: torch.autograd.grad(image, z, u, retain_graph=True, materialize_grads=True)[0]
+
     def pull_parameters(self, x: Tensor, parameters: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
         """B^T u."""
+        if plain_autograd():
+            with torch.enable_grad():
+                leaves = [p.detach().requires_grad_(p.is_floating_point() or p.is_complex()) for p in parameters]
+                image = self.T(x.detach(), *leaves)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if not image.requires_grad:
+                return tuple(torch.zeros_like(p) for p in parameters)
+            found = iter(torch.autograd.grad(image, wanted, u, materialize_grads=True))
+            return tuple(next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves)
         return torch.func.vjp(lambda *p: self.T(x, *p), *parameters)[1](u)
 
     def push_parameters(self, x: Tensor, parameters: tuple[Tensor, ...], dp: tuple[Tensor, ...]) -> Tensor:
@@ -57,16 +85,16 @@ class Problem:
         return size * self.solve_scaled(transposed, x, v / size, parameters)  # squares of v do not vanish
 
     def solve_scaled(self, transposed: bool, x: Tensor, v: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        apply = self.pull if transposed else self.push
+        apply = self.linear(transposed, x, parameters)
 
         def system(u: Tensor) -> Tensor:
-            return u - apply(x, parameters, u)
+            return u - apply(u)
 
         adjoint = self.adjoint
         if isinstance(adjoint, (Neumann, OneStep)):
             u = power = v.clone()
             for _ in range(adjoint.terms if isinstance(adjoint, Neumann) else 0):
-                power = apply(x, parameters, power)
+                power = apply(power)
                 u = u + power
             return self.judged(u, v, system, adjoint.tol)
         tol = adjoint.tol if isinstance(adjoint, Implicit) and adjoint.tol is not None else default_tol(v)
@@ -81,8 +109,8 @@ class Problem:
                 "firmly.fixedpoint.ProximalGradient as the map of fixed_point"
             )
         elif kind == "normal-cg":
-            other = self.push if transposed else self.pull
-            u = normal_cg(system, lambda w: w - other(x, parameters, w), v, tol)
+            other = self.linear(not transposed, x, parameters)
+            u = normal_cg(system, lambda w: w - other(w), v, tol)
         else:
             u = gmres(system, v, tol)[0]
         return self.judged(u, v, system, tol)
@@ -116,6 +144,12 @@ class Problem:
         if isinstance(self.adjoint, Implicit) and callable(self.adjoint.solver):
             reason += "; or the solution lies at a kink, or the linear solver does not fit the map there"
         raise NotConverged(f"{text}: {reason}")
+
+
+def plain_autograd() -> bool:
+    """Whether a derivative is taken once, outside of `torch.func`: then plain autograd takes those of T, which is
+    faster, and which functions understand that are written for nothing else."""
+    return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 class FixedPointFunction(torch.autograd.Function):
