@@ -63,7 +63,7 @@ def diagonal_scaling(A: Tensor) -> Tensor | None:
         return triangular_scaling(A.flip(0, 1)).flip(0)
     try:
         D = barrier_scaling(A)
-    except torch.linalg.LinAlgError:  # a system of the search is singular in floating point
+    except RuntimeError:  # LinAlgError: a system of the search is singular in floating point
         return None
     return None if D is None else D.sqrt()
 
