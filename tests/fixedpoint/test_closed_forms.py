@@ -277,18 +277,18 @@ def test_derivative_of_a_spectral_map():
     torch.testing.assert_close(found, U @ (F * (U.mT @ E @ U)) @ U.mT, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("prior", [Nuclear(0.3), TV(0.3)], ids=["nuclear", "tv"])
+@pytest.mark.parametrize("prior", [Nuclear(0.3), TV(0.3, accuracy=1e-6)], ids=["nuclear", "tv"])
 def test_priors_whose_derivative_only_plain_autograd_knows(prior):
     A, y, v = FlatDense(numbers(15, 12, seed=4) / 4, (1, 4, 3)), numbers(1, 15, seed=6), numbers(1, 1, 4, 3, seed=7)
     layer = implicit(fm.algorithms.ForwardBackward(A, prior), solver=Anderson(), tol=1e-12)
     y.requires_grad_()
     found = torch.autograd.grad((layer(y) * v).sum(), y)[0]
     with torch.no_grad():
-        for k in range(3):
+        for k in (0, 7):
             e = torch.zeros_like(y)
-            e[0, k] = 1e-4  # the prox of TV is itself an iteration, whose error differences divide
+            e[0, k] = 1e-4
             assert float(((layer(y + e) - layer(y - e)) * v).sum()) / 2e-4 == pytest.approx(
-                float(found[0, k]), abs=2e-5
+                float(found[0, k]), abs=1e-6
             )
 
 
