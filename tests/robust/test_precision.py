@@ -94,6 +94,21 @@ def test_other_entropies():
     assert torch.allclose(found.x, torch.linalg.matrix_exp(-torch.eye(8, dtype=f64) - S), atol=1e-9)
 
 
+def test_unrolled_and_implicit():
+    S = samples(sparse_precision(), 200).requires_grad_()
+    algorithm = SpectralDouglasRachford(LogDet(), L1(torch.tensor(0.05, dtype=f64, requires_grad=True)), 8)
+    solution = fm.solve(algorithm, S.detach(), tol=1e-11).x
+    net = fm.unroll(algorithm, depth=120, learn=("step_size",))
+    assert torch.allclose(net(S), solution, atol=1e-4)
+    layer = fm.implicit(algorithm, tol=1e-11)(S)
+    slope = torch.autograd.grad(layer.diagonal(dim1=1, dim2=2).sum(), S)[0]
+    bump = torch.zeros_like(S)
+    bump[0, 0, 1] = bump[0, 1, 0] = 1e-5
+    with torch.no_grad():
+        ends = [fm.solve(algorithm, S + sign * bump, tol=1e-12).x.diagonal(dim1=1, dim2=2).sum() for sign in (1, -1)]
+    assert float((slope * bump).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2, rel=1e-4)
+
+
 def test_noise_is_accounted_for():
     truth, noise = sparse_precision(), 0.3
     S = samples(truth, 2000, noise)

@@ -251,6 +251,29 @@ def test_single_precision_of_ten_thousand_batches_and_half():
     assert risk(losses.bfloat16(), divergence="chi2", radius=0.1).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_single_precision_far_from_zero_is_exact_on_its_numbers(name):
+    # many atoms in pieces, with a spacing of 1/16 between them, beside the same numbers in double precision
+    losses = (1e6 + 3 * randn(300_000)).float()
+    weights = (randn(300_000, seed=1) > 0.2).float() * 0.5
+    for mask in (None, weights > 0, weights + weights.roll(1)):
+        for radius in (0.05, 0.9):
+            found = worst_case(losses.double(), mask, divergence=name, radius=radius)
+            one = SETS[name](radius).worst_case(losses.unsqueeze(0), None if mask is None else mask.unsqueeze(0))
+            assert float(one.weights.double().sum()) == pytest.approx(1, abs=1e-5)
+            assert torch.allclose(one.weights[0].double(), found.weights, rtol=1e-5, atol=1e-12)
+            assert float(one.risk) == pytest.approx(float(found.risk), abs=0.07)
+
+
+def test_a_mass_of_outliers_far_below_rounding():
+    losses, masses = torch.zeros(1000, dtype=f64), torch.ones(1000, dtype=f64)
+    losses[0], masses[0] = 1.0, 1e-18
+    for name in SETS:
+        found = worst_case(losses, masses, divergence=name, radius=0.5)
+        assert bool(found.weights.isfinite().all()) and float(found.weights.sum()) == pytest.approx(1, abs=1e-12)
+        in_ball(name, 0.5, found.weights, masses / masses.sum()) if name in BALLS else None
+
+
 def test_pessimism_about_noisy_labels_warns():
     with pytest.warns(UserWarning, match="wrong"):
         risk(LOSSES, labels="noisy")
@@ -276,6 +299,7 @@ def test_pessimism_about_noisy_labels_warns():
         ({"trim": 1.0}, SettingsError),
         ({"trim": -0.1}, SettingsError),
         ({"over": "voxel"}, SettingsError),
+        ({"losses": torch.rand(5000), "divergence": "wasserstein"}, SettingsError),
         ({"over": torch.zeros(4)}, SettingsError),
         ({"over": torch.zeros(3, dtype=torch.long)}, ShapeError),
         ({"over": "class"}, ShapeError),

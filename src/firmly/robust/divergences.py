@@ -28,7 +28,7 @@ class KL(AmbiguitySet):
             return rows.nominal()
         saturated = self.size >= -rows.largest().log()
         _, mean, square = rows.moments(lambda scaled, mass: mass.expand_as(scaled))
-        t = (2 * self.size / (square - mean**2).clamp(min=TINY)).sqrt()  # the root for small radii
+        t = (2 * self.size / (square - mean**2).clamp(min=1e-12)).sqrt()  # the root for small radii
         low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
         done = saturated | (rows.width == 0)
         for _ in range(MAX_ITERATIONS):
@@ -112,10 +112,10 @@ class Chi2(AmbiguitySet):
         if self.size == 0:
             return rows.nominal()
         saturated = (1 + 2 * self.size) * rows.largest() >= 1
-        eta = torch.full_like(rows.total, -2.0)  # below every scaled loss
-        held = rows
-        for _ in range(MAX_ITERATIONS):
+        eta, held = torch.full_like(rows.total, -1.0), rows  # from the smallest loss: no cancellation
+        for iteration in range(MAX_ITERATIONS):
             part, first, second = excess_moments(held, eta)
+            part = part if iteration else torch.ones_like(part)
             mean = first / part
             slack = ((1 + 2 * self.size) * part - 1).clamp(min=TINY)
             rise = mean - ((second / part - mean**2).clamp(min=0) / slack).sqrt()

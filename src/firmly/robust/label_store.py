@@ -48,8 +48,8 @@ class View(NamedTuple):
 
     def crop(self, image: Tensor) -> Tensor:
         """The pixels of the image under the view, not copied: (channel, *spatial) -> (channel, *extent)."""
-        ends = [start + length for start, length in zip(self.corner, self.extent, strict=True)]
-        if len(self.corner) != image.dim() - 1 or any(
+        ends = [start + length for start, length in zip(self.corner, self.extent)]
+        if not len(self.corner) == len(self.extent) == len(self.size or self.extent) == image.dim() - 1 or any(
             start < 0 or length < 1 or end > side
             for start, length, end, side in zip(self.corner, self.extent, ends, image.shape[1:], strict=True)
         ):

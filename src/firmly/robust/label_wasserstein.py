@@ -12,6 +12,8 @@ from firmly.robust.ambiguity import AmbiguitySet, Sense
 from firmly.robust.rows import Rows
 from firmly.robust.transport import Plans, transport
 
+LARGEST = 4096  # atoms of a ball whose cost is a matrix
+
 
 class LabelRisk(NamedTuple):
     """Risks, the label laws (batch, class, *spatial) that attain them (0 on void), and the price of a unit of cost."""
@@ -52,9 +54,10 @@ def label_risk(
     Sources: docs/theory/robust_risks; the duality is that of Mohajerin Esfahani and Kuhn, Data-driven distributionally
     robust optimization using the Wasserstein metric, 2018.
     """
-    size = float(torch.as_tensor(budget, dtype=torch.float64).detach())
+    allowed = torch.as_tensor(budget, dtype=torch.float64, device=losses.device)
+    size = float(allowed.detach()) if allowed.numel() == 1 else float("nan")
     if not 0 <= size < float("inf"):
-        raise SettingsError(f"the budget is a finite number of at least 0, given {budget}")
+        raise SettingsError(f"the budget is one finite number of at least 0, given {budget}")
     if over not in ("pixel", "image", "batch") or sense not in ("sup", "inf"):
         raise SettingsError(f"over is pixel, image or batch and sense sup or inf, given {over!r} and {sense!r}")
     valid = valid_pixels(losses, labels, mask)
@@ -82,7 +85,7 @@ def label_risk(
     wide = pixels.double()
     sign = 1 if sense == "sup" else -1
     plans = transport(sign * wide.detach()[pixel], prices, mass / number[owner], owner, owners, size)
-    law = mixed(plans, plans.share(budget), pixel, owner, mass, wide.shape)
+    law = mixed(plans, plans.share(allowed.reshape(())), pixel, owner, mass, wide.shape)
     believed = losses.new_zeros(*valid.shape, classes, dtype=torch.float64)
     believed[valid] = law
     expected = (law * wide).sum(1)
@@ -153,7 +156,7 @@ class Wasserstein(AmbiguitySet):
     """W_C(p, q) <= radius between laws on atoms (classes, annotators, images) with ground costs C, 1 if not given.
 
     sup = min over price >= 0 of price radius + sum_j p_j max_k (l_k - price C_jk); with the 0/1 cost this is total
-    variation. The memory is the square of the number of atoms.
+    variation. At most 4096 atoms: the memory is their square.
     """
 
     def __init__(self, radius: float | Tensor = 0.1, cost: Tensor | None = None):
@@ -175,6 +178,11 @@ class Wasserstein(AmbiguitySet):
         return flat.index_add(0, row * losses.shape[1] + plans.poor, -moved).reshape(losses.shape)
 
     def _plans(self, losses: Tensor, nominal: Tensor) -> tuple[Plans, Tensor, Tensor]:
+        if losses.shape[1] > LARGEST:
+            raise SettingsError(
+                f"a Wasserstein ball has at most {LARGEST} atoms, given {losses.shape[1]}: "
+                "take 'tv', which is the same for 0/1 costs, or label_risk"
+            )
         row, given = (nominal > 0).nonzero(as_tuple=True)
         exists = torch.where(nominal > 0, losses, -torch.inf)
         costs = given_costs(self.cost, losses.shape[1]).to(losses.device)[given]

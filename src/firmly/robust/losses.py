@@ -152,7 +152,7 @@ def tempered_logarithms(logits: Tensor, t: float) -> Tensor:
 
 
 def early_learning(logits: Tensor, average: Tensor, weight: float = 3.0) -> Tensor:
-    """weight log(1 - <p, t>), a term (batch, *spatial) that is added to the cross-entropy of the given labels.
+    """weight log(max(1 - <p, t>, 1e-4)), a term (batch, *spatial) that is added to the cross-entropy of given labels.
 
     `average` is the running mean t of earlier predictions (`LabelStore.average`): it keeps what was learned before
     labels were memorised. Source: Liu, Niles-Weed, Razavian and Fernandez-Granda, Early-learning regularization

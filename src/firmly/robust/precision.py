@@ -96,7 +96,8 @@ def robust_precision(
     """
     if not noise_variance >= 0:
         raise SettingsError(f"the noise variance is not negative, given {noise_variance}")
-    if covariance.dim() != 3 or not bool(torch.isclose(covariance, covariance.mT, atol=1e-6).all()):
+    square = covariance.dim() == 3 and covariance.shape[1] == covariance.shape[2]
+    if not square or not bool(torch.isclose(covariance, covariance.mT, atol=1e-6).all()):
         raise DataError(f"covariances are symmetric (batch, n, n), given {tuple(covariance.shape)}")
     spectral, size = NoisyLogDet(1.0, noise_variance), covariance.shape[-1]
     eye = torch.eye(size, dtype=covariance.dtype, device=covariance.device)

@@ -43,7 +43,7 @@ class Rows:
             raise DataError("some of the valid losses are NaN or infinite; mask them, or clip the loss")
         self.high, self.width = high.double(), high.double() - low.double()
         self.unit = torch.where(self.width > 0, self.width, 1)
-        self.top = high
+        self.low_loss, self.high_loss = low, high
 
     def scaled(self, losses: Tensor) -> Tensor:
         """Losses on the scale of the sums, equal ones to equal numbers."""
@@ -100,7 +100,7 @@ class Rows:
     def largest(self) -> Tensor:
         """The nominal mass (rows, 1) of the largest losses."""
         if self.masses is None:
-            return torch.count_nonzero(self.losses == self.top, 1).unsqueeze(1) / self.total
+            return torch.count_nonzero(self.losses == self.high_loss, 1).unsqueeze(1) / self.total
         return self.sums(lambda scaled, mass: torch.where(scaled == 0, mass, 0))[0]
 
     def quantile(self, fraction: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class Rows:
             reached = held.gather(1, order).cumsum(1, dtype=torch.float64) >= fraction * (1 - 1e-14) * self.total
             last = torch.where(reached, 0, 1).sum(1, keepdim=True).clamp(max=losses.shape[1] - 1)
             level = ordered.gather(1, last)
-            level = torch.where(level.isinf(), self.high - self.width, level.double())  # rounding of the last sum
+            level = torch.where(level.isinf(), self.low_loss, level)  # rounding of the last sum
         level = self.scaled(level)
         above, tied = self.sums(
             lambda scaled, mass: torch.where(scaled > level, mass, 0),
@@ -133,7 +133,7 @@ class Rows:
         """The same sums for functions that vanish up to a level, on fewer atoms where that is worth a copy."""
         if len(self.losses) > 1:
             return self
-        kept = self.losses > float(self.high + self.unit * (level - 1e-6))
+        kept = self.losses >= float(self.high + self.unit * (level - 1e-6))  # a superset, also where this is rounded
         if 2 * int(kept.sum()) > self.losses.shape[1]:
             return self
         fewer = copy(self)
