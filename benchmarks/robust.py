@@ -24,7 +24,7 @@ from firmly.robust import LabelStore
 DRO = Environment("dro", ("--no-deps", "dro==0.4.3"))  # the file of its loss needs torch and SciPy only
 CVXPY = Environment("cvxpy", ("cvxpy>=1.5",))
 SIZES = (1_000_000, 10_000_000)
-REPEATS = 5
+REPEATS = 3
 DATA_SETS = {
     "CamVid, training": (367, (360, 480), 11),
     "Cityscapes, training": (2975, (1024, 2048), 19),
