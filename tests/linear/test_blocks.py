@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from firmly.errors import NotDiagonal
-from firmly.linear import Convolution, Dense, LoopResolvent, Monotone, balanced_step, blocks, monotonicity
+from firmly.linear import (
+    Convolution,
+    Dense,
+    Identity,
+    LoopResolvent,
+    Monotone,
+    Scale,
+    balanced_step,
+    blocks,
+    monotonicity,
+)
 from firmly.linear.blocks import Blocks, restored, transformed, turn
 
 double = {"dtype": torch.float64}
@@ -126,3 +136,10 @@ def test_the_balanced_step_lies_between_its_extremes():
     step = balanced_step(W)
     assert 2**-0.5 / (0.4 * largest) ** 0.5 <= step <= 1 / 0.4
     assert step == balanced_step(W) == 2.0 ** (round(2 * torch.log2(torch.tensor(step)).item()) / 2)
+
+
+def test_the_balanced_step_of_what_has_none():
+    assert balanced_step(Dense(3 * torch.eye(2, **double))) == 1.0
+    assert balanced_step(Scale(0.5, Identity((3,)))) == 2.0
+    broken = Monotone(Dense(torch.full((2, 2), torch.nan, **double)), 0.5)
+    assert balanced_step(broken) == 1.0

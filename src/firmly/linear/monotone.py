@@ -137,22 +137,20 @@ def loop_resolvent(loop: LinearMap, step: float | Tensor) -> LinearMap:
 
 
 @torch.no_grad()
-def balanced_step(loop: LinearMap, m: float | None = None) -> float:
+def balanced_step(loop: LinearMap) -> float:
     """About 1 / sqrt(m L), the step of a resolvent of I - W that treats eigenvalues m and L = |I - W| alike.
 
     L is estimated by power iteration from fixed vectors, and the step rounded to a power of sqrt(2): resolvents of any
-    step converge, and one that stays the same is not computed again. Source: Giselsson and Boyd, Linear convergence and
-    metric selection for Douglas-Rachford splitting, 2017 (step 1 / sqrt(m L)).
+    step converge, and one that stays the same is not computed again. 1 for a loop that is not proved to be monotone.
+    Source: Giselsson and Boyd, Linear convergence and metric selection for Douglas-Rachford splitting, 2017.
     """
-    m = monotonicity(loop) if m is None else m
+    m, size = monotonicity(loop), 1.0
     tensors = [t for t in (*loop.parameters(), *loop.buffers()) if t.is_floating_point()]
-    first = max(tensors, key=lambda t: t.numel())
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(1, *loop.domain, generator=generator).to(first.device, first.dtype)
-    size = 1.0
+    like = max(tensors, key=lambda t: t.numel(), default=torch.zeros(1))
+    v = torch.randn(1, *loop.domain, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     for _ in range(POWER_STEPS):
         image = v - loop(v)
         size = float(torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
         v = image - loop.T(image)
         v = v / torch.linalg.vector_norm(v)
-    return 2.0 ** (round(-math.log2(m * size)) / 2)
+    return 2.0 ** (round(-math.log2(m * size)) / 2) if 0 < m * size < math.inf else 1.0
