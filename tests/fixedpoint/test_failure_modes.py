@@ -330,6 +330,11 @@ def test_derived_error_bounds_of_algorithms(seed):
                 away = (algorithm.read(found.state) - exact).norm(dim=1)
                 assert found.error_bound is not None and bool((away <= found.error_bound + 1e-13).all())
     assert fm.fixedpoint.contraction_factor(make(wide, L1(0.2))) is None
+    changed = make(wide, fm.prox.ElasticNet(0.2, number(0.5)))
+    found = implicit(changed).solve(y[:, :3])
+    assert found.error_bound is not None
+    changed.prior.curvature = number(5.0)
+    assert found.error_bound is None  # the solution is that of another problem
     assert implicit(make(wide, L1(0.2)), tol=1e-3).solve(y[:, :3].clone()).error_bound is None
     with pytest.raises(SettingsError, match="strong monotonicity"):
         fixed_point(lambda x: x, torch.zeros(1, 1), strong_monotonicity=0.0)

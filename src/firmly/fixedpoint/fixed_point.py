@@ -48,14 +48,17 @@ class FixedPoint:
     def error_bound(self) -> Tensor | None:
         """A bound (batch,) of |x - x*|, where I - T is known to be strongly monotone (with its `modulus`), else None.
 
-        It is computed when it is asked for, for the tensors of the map as they are then.
+        It is computed when it is asked for, in double precision, for the tensors of the map as they are then.
         """
         modulus = self.modulus() if callable(self.modulus) else self.modulus
         if modulus is None or self.plain_map is None:
             return None
         with torch.no_grad():
             x = Layout(self.state).flat(self.state)
-            return norms(self.plain_map(x) - x) / modulus
+            away = self.plain_map(x) - x
+            away = away.to(torch.complex128 if away.is_complex() else torch.float64)
+            size = away.abs().amax(1, keepdim=True)  # the squares of small numbers vanish
+            return size[:, 0] * norms(away / torch.where(size > 0, size, 1)) / modulus
 
     @property
     def degenerate(self) -> bool:
@@ -212,8 +215,7 @@ def unrolled(
     if not isinstance(solver, Picard) or solver.damping != 1:
         raise SettingsError(
             f"unrolling differentiates plain iterations, solver=Picard(); given {solver}: accelerated iterations may "
-            f"have "
-            "derivatives that diverge although the iterates converge. Use adjoint=Implicit() with this solver"
+            "have derivatives that diverge although the iterates converge. Use adjoint=Implicit() with this solver"
         )
     refuse_not_finite(start)
     count = adjoint.iterations

@@ -67,9 +67,16 @@ class ImplicitLayer(nn.Module):
 
 
 def modulus_of(algorithm: Algorithm) -> Callable[[], float | None]:
-    """The modulus of strong monotonicity of I - T, when it is asked for: factorisations may stand behind it."""
+    """The modulus of strong monotonicity of I - T, when it is asked for: factorisations may stand behind it.
+
+    None once a tensor of the algorithm was replaced: the map of the solution still has the old one.
+    """
+    tensors = named_tensors(algorithm)
 
     def modulus() -> float | None:
+        now = named_tensors(algorithm)
+        if now.keys() != tensors.keys() or any(now[name] is not tensor for name, tensor in tensors.items()):
+            return None
         factor = contraction_factor(algorithm)
         return None if factor is None else 1 - factor
 
