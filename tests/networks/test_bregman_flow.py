@@ -88,6 +88,14 @@ def test_on_cuda():
     assert flow.inverse_lipschitz() > 0
 
 
+def test_gradients_are_finite_at_zero_weights():
+    layer = WideBregmanLayer(3, 5).double()
+    with torch.no_grad():
+        layer.V.zero_()
+    layer.with_log_det(points(4, 3))[1].sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+
 def test_gradients_of_the_inverse_reach_every_weight():
     layer = WideBregmanLayer(2, 3, generator=torch.Generator().manual_seed(0)).double()
     v = points(1, 2).requires_grad_()

@@ -93,7 +93,7 @@ class WideBregmanLayer(nn.Module):
         """V, or V + P K', (features, width)."""
         limit = (1 - self.margin) / self.activation.lipschitz
         sizes = torch.linalg.matrix_norm(self.K, 2) * torch.linalg.matrix_norm(self.V, 2)
-        V = self.V * (limit / sizes).clamp(max=1.0)
+        V = self.V * (limit / sizes.clamp(min=limit))
         if self.condition == "contraction":
             return V
         return V + (self.A.mT @ self.A + self.B - self.B.mT) @ self.K.mT
