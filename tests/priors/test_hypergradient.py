@@ -153,6 +153,8 @@ def test_it_says_what_is_wrong():
     D, y = problem()
     with pytest.raises(ShapeError):
         implicit_lasso(D, y[0], 0.1)
+    with pytest.raises(SettingsError, match="a matrix, given Dense"):
+        implicit_lasso(Dense(D), y, 0.1)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="positive"):
         implicit_lasso(D, y, -0.1)
     with pytest.raises(SettingsError, match="one number"):

@@ -49,6 +49,12 @@ def implicit_lasso(
     Sources: Ndiaye et al., Gap safe screening rules for sparsity enforcing penalties, 2017 (the test); Bertrand et al.,
     Implicit differentiation for fast hyperparameter selection in non-smooth convex learning, 2022 (the restriction).
     """
+    if not isinstance(D, Tensor):
+        raise SettingsError(
+            f"implicit_lasso takes a matrix, given {type(D).__name__}; for other linear maps take "
+            "firmly.implicit(ForwardBackward(A, prior), Implicit('manifold')) and a code of `lasso` as start"
+        )
+    D = D.to(y)
     tensors = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=y.dtype) for t in (weight, curvature)]
     weight, curvature = (t.to(y) for t in tensors)
     if curvature.numel() != 1:
