@@ -217,6 +217,16 @@ def test_groups():
     assert float(risk(volumes, over="image", radius=0.3)) == pytest.approx(float(risk(images, radius=0.3)))
 
 
+def test_a_mask_is_never_taken_for_that_of_another_dimension():
+    losses, mask = randn(2, 3, 4, 5), randn(2, 4, 5, seed=1) > 0
+    assert torch.equal(risk(losses, mask), risk(losses, mask.unsqueeze(1)))
+    assert torch.equal(risk(losses, over=mask.long()), risk(losses, over=mask.long().unsqueeze(1)))
+    with pytest.raises(ShapeError):
+        risk(randn(3, 3, 4, 5), randn(3, 4, 5) > 0)  # images or classes?
+    with pytest.raises(ShapeError):
+        risk(randn(4, 4, 4), randn(4, 4) > 0)
+
+
 def test_groups_without_a_valid_entry_do_not_exist():
     losses, mask = randn(3, 2, 2), torch.ones(3, 2, 2, dtype=torch.bool)
     mask[1] = False

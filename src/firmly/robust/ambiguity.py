@@ -66,7 +66,7 @@ class AmbiguitySet:
     def risks(self, losses: Tensor, mask: Tensor | None = None, sense: Sense = "sup", trim: float = 0.0) -> Tensor:
         """One risk for every row: (batch, *atoms) -> (batch,); the atoms of an image are its pixels.
 
-        `mask` (broadcast against the losses) is True at valid atoms, or holds their nominal weights up to a factor.
+        `mask` is True at valid atoms, or holds their nominal weights up to a factor, as for `risk`.
         `trim` is the fraction of the nominal mass with the largest losses that is left out first.
         """
         return self.worst_case(losses, mask, sense, trim).risk
@@ -148,10 +148,7 @@ class _Weights(torch.autograd.Function):
 def kept_by_trimming(losses: Tensor, masses: Tensor | None, trim: float) -> Tensor:
     """The nominal law without the fraction `trim` of its mass that has the largest losses."""
     rows = Rows(-losses, masses)
-    level, share = rows.quantile(1.0 - trim)
-    return rows.law(
-        lambda scaled, mass: torch.where(scaled > level, mass, torch.where(scaled == level, share * mass, 0))
-    )[0]
+    return rows.law(rows.largest_part(1.0 - trim))[0]
 
 
 def masses_of(losses: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -164,9 +161,21 @@ def masses_of(losses: Tensor, mask: Tensor | None) -> Tensor | None:
         raise DataError("a mask holds nominal weights, through which no gradient goes: detach it")
     if mask.dtype != torch.bool and not bool(((mask >= 0) & mask.isfinite()).all()):
         raise DataError("a mask is boolean or holds finite weights that are not negative")
-    try:
-        return mask.expand_as(losses)
-    except RuntimeError as shapes:
+    return on_losses("a mask", mask, losses)
+
+
+def on_losses(what: str, entries: Tensor, losses: Tensor) -> Tensor:
+    """Entries in the shape of the losses: of as many dimensions, or without that of the classes.
+
+    Never aligned from the right alone: for as many images as classes that would take one for the other.
+    """
+    given, shape = tuple(entries.shape), tuple(losses.shape)
+    classless = (shape[0], *shape[2:])
+    if len(given) == len(shape) - 1 and len(shape) >= 4 and given == classless and given != shape[1:]:
+        entries = entries.unsqueeze(1)
+    if entries.dim() != len(shape) or any(n not in (1, m) for n, m in zip(entries.shape, shape)):
         raise ShapeError(
-            f"a mask {tuple(mask.shape)} does not broadcast against losses {tuple(losses.shape)}"
-        ) from shapes
+            f"{what} of shape {given} does not fit losses {shape}: give it as many dimensions, each of the same size "
+            "or of size 1"
+        )
+    return entries.expand_as(losses)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from firmly.errors import NotConverged
 from firmly.robust.ambiguity import AmbiguitySet
-from firmly.robust.rows import Part, Rows
+from firmly.robust.rows import Rows
 
 MAX_ITERATIONS = 200
 TINY = torch.finfo(torch.float64).tiny
@@ -164,7 +164,7 @@ class CVaR(AmbiguitySet):
         super().__init__(fraction, low=TINY, high=1.0, meaning="fraction")
 
     def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        return rows.law(largest_part(rows, self.size))
+        return rows.law(rows.largest_part(self.size))
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
         return largest_part_drift(losses, nominal, self.size)
@@ -183,7 +183,7 @@ class TotalVariation(AmbiguitySet):
     def worst(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.size == 1:
             return rows.law(lambda scaled, mass: torch.where(scaled == 0, mass, 0))
-        part, received = largest_part(rows, 1 - self.size), self.size / rows.largest()
+        part, received = rows.largest_part(1 - self.size), self.size / rows.largest()
         return rows.law(lambda scaled, mass: part(scaled, mass) + received * torch.where(scaled == 0, mass, 0))
 
     def drift(self, losses: Tensor, nominal: Tensor, weights: Tensor) -> Tensor:
@@ -195,14 +195,8 @@ class TotalVariation(AmbiguitySet):
         return at_top - part - kept * largest_part_drift(losses, nominal, kept)
 
 
-def largest_part(rows: Rows, fraction: float) -> Part:
-    """The part of the nominal masses that holds the largest losses and makes up `fraction` of the mass."""
-    level, share = rows.quantile(fraction)
-    return lambda scaled, mass: torch.where(scaled > level, mass, torch.where(scaled == level, share * mass, 0))
-
-
 def largest_part_drift(losses: Tensor, nominal: Tensor, fraction: float) -> Tensor:
-    """The derivative of the law of `largest_part` in the fraction: what is above shrinks, ties at its end grow."""
+    """The derivative of the law of `Rows.largest_part` in the fraction: what is above shrinks, ties at its end grow."""
     rows = Rows(losses, nominal)
     level, _ = rows.quantile(fraction)
     scaled = rows.scaled(losses)

@@ -68,8 +68,10 @@ def label_risk(
     pixel, given, mass = atoms_of(labels, valid, classes)
     prices = given_costs(cost, classes).to(pixels.device)[given]
     if distance is not None:
-        if distance.shape != valid.shape or not bool((distance[valid] >= 0).all()):
-            raise ShapeError(f"distance is not negative, of shape {tuple(valid.shape)}; given {tuple(distance.shape)}")
+        if distance.shape != valid.shape or distance.requires_grad or not bool((distance[valid] >= 0).all()):
+            raise ShapeError(
+                f"distance is not negative, {tuple(valid.shape)} and detached; given {tuple(distance.shape)}"
+            )
         prices = torch.where(prices.isinf(), prices, prices * distance.double()[valid][pixel].unsqueeze(1))
 
     counts = valid.flatten(1).sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import SettingsError, ShapeError
-from firmly.robust.ambiguity import AmbiguitySet, Sense, WorstCase, masses_of
+from firmly.robust.ambiguity import AmbiguitySet, Sense, WorstCase, masses_of, on_losses
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
 from firmly.robust.label_wasserstein import Wasserstein
 
@@ -40,13 +40,13 @@ def risk(
 
     Args:
         losses: of any shape, `(batch, *spatial)` or `(batch, class, *spatial)`; the loss of every pixel, say.
-        mask: broadcast against the losses: True where they count, or nominal weights up to a factor. Elsewhere losses
-            may be anything, NaN included, and their gradient is exactly 0. Losses (batch, class, *spatial) take a mask
-            (batch, 1, *spatial).
+        mask: True where losses count, or nominal weights up to a factor, of the dimensions of the losses (sizes of 1 are
+            repeated), or (batch, *spatial) for losses (batch, class, *spatial). Elsewhere losses may be anything, NaN
+            included, and their gradient is exactly 0.
         over: what the adversary weighs. "pixel": all entries, together. "image": the mean losses of the images
-            (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor that
-            broadcasts against the losses and says which group an entry belongs to: labels, annotators, pairs of them.
-            Groups have equal nominal weights; groups without a valid entry do not exist.
+            (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor, shaped
+            like a mask, that says which group an entry belongs to: labels, annotators, pairs of them. Groups have
+            equal nominal weights; groups without a valid entry do not exist.
         divergence: "kl", "chi2", "cvar", "tv", "wasserstein" (0/1 cost) or "kl-penalty", or a set such as `KL(0.1)`.
         radius: of the set, 0.1 if not given; the fraction for "cvar", the temperature for "kl-penalty". A tensor of
             one number may be learned.
@@ -118,13 +118,8 @@ def groups_of(losses: Tensor, over: Over) -> Tensor:
     if isinstance(over, Tensor):
         if over.is_floating_point() or over.is_complex():
             raise SettingsError(f"over is an integer tensor of groups, given {over.dtype}")
-        try:
-            groups = over.to(losses.device).long().expand_as(losses).flatten()
-        except RuntimeError as shapes:
-            raise ShapeError(
-                f"groups {tuple(over.shape)} do not broadcast against losses {tuple(losses.shape)}"
-            ) from shapes
-        return torch.unique(groups, return_inverse=True)[1]
+        groups = on_losses("a tensor of groups", over.to(losses.device).long(), losses)
+        return torch.unique(groups, return_inverse=True)[1].flatten()
     if over not in ("image", "class", "annotator"):
         raise SettingsError(f"over is 'pixel', 'image', 'class', 'annotator' or a tensor of groups, given {over!r}")
     axis = 0 if over == "image" else 1

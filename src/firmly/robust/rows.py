@@ -39,9 +39,10 @@ class Rows:
             if bool((self.total == 0).any()):
                 row = int((self.total == 0).flatten().nonzero()[0])
                 raise DataError(f"row {row} has no valid loss: take it out of the batch")
-        if not bool((low.isfinite() & high.isfinite()).all()):
-            raise DataError("some of the valid losses are NaN or infinite; mask them, or clip the loss")
-        self.high, self.width = high.double(), high.double() - low.double()
+        width = high.double() - low.double()
+        if not bool(width.isfinite().all()):
+            raise DataError("some of the valid losses are NaN, infinite or nearly so; mask them, or clip the loss")
+        self.high, self.width = high.double(), torch.where(width > 1e-290, width, 0)
         self.unit = torch.where(self.width > 0, self.width, 1)
         self.low_loss, self.high_loss = low, high
 
@@ -102,6 +103,11 @@ class Rows:
         if self.masses is None:
             return torch.count_nonzero(self.losses == self.high_loss, 1).unsqueeze(1) / self.total
         return self.sums(lambda scaled, mass: torch.where(scaled == 0, mass, 0))[0]
+
+    def largest_part(self, fraction: float) -> Part:
+        """The part of the nominal masses that holds the largest losses and makes up `fraction` of the mass."""
+        level, share = self.quantile(fraction)
+        return lambda scaled, mass: torch.where(scaled > level, mass, torch.where(scaled == level, share * mass, 0))
 
     def quantile(self, fraction: float) -> tuple[Tensor, Tensor]:
         """The scaled loss at which the largest `fraction` of the mass ends, and how much of the masses there it takes.
