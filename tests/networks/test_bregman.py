@@ -274,6 +274,17 @@ def test_certificate_files(tmp_path):
         fm.verify(tmp_path / "net.certificate", net)
 
 
+def test_a_weight_that_rounding_hides_is_not_forgotten():
+    average = RowStochastic(2, 3).double()
+    average.raw.data = torch.tensor([[1.0, 1e-17], [1.0, 1e-17], [1.0, 0.0]], dtype=torch.float64)
+    assert float(average.channel_matrix().detach().amax()) == 1.0
+    assert average.selects() == bool((average.channel_matrix().detach().count_nonzero(1) == 1).all())
+    net = BregmanMean(legendre("sigmoid"), average)
+    points = torch.tensor([[-45.0, 20.0], [-60.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    steepest = float(torch.linalg.matrix_norm(jacobians(net, points), 2).max())
+    assert steepest <= fm.certify(net, shape=(2,), budget_s=5).upper
+
+
 def test_pooled_means_are_certified():
     net = learned(BregmanMean(legendre("tanh"), RowStochastic(2, 3, (4, 4), pool=2)))
     certificate = fm.certify(net, shape=(2, 4, 4), budget_s=5)

@@ -41,12 +41,12 @@ def finite(tracer: Tracer, slope: Slope, text: str) -> Slope:
 @handles(mean)
 def legendre_mean(tracer: Tracer, pair: Legendre, average: RowStochastic, u: Signal) -> Any:
     """rho^-1(P rho(u)) as a map of the pixels with a Lipschitz constant, after blocks of pixels became channels."""
-    places = torch.arange(math.prod(average.domain)).reshape(average.domain)
-    if average.selects():
-        return u.linear(Rearrange(average.domain, places[average.channel_matrix().detach().argmax(1)]))
     text = "learned averages taken as exactly row-stochastic"
     if text not in tracer.system.assumptions:
         tracer.system.assumptions.append(text)
+    places = torch.arange(math.prod(average.domain)).reshape(average.domain)
+    if average.selects():
+        return u.linear(Rearrange(average.domain, places[average.channel_matrix().detach().argmax(1)]))
     low, high = pair.slope
     if 0 < low and high < math.inf:
         return dual_coordinates(pair, average(activate(pair, u)))  # type: ignore[arg-type]

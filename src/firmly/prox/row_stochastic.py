@@ -40,7 +40,7 @@ class RowStochastic(LinearMap):
 
     def selects(self) -> bool:
         """Whether every output is one of the inputs."""
-        return self.pool == 1 and bool((self.channel_matrix().detach().amax(1) == 1).all())
+        return self.pool == 1 and bool(((self.channel_matrix().detach() > 0).sum(1) == 1).all())
 
     def _apply_map(self, x: Tensor) -> Tensor:
         P = self.channel_matrix().to(x.dtype)
