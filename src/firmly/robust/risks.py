@@ -40,9 +40,9 @@ def risk(
 
     Args:
         losses: of any shape, `(batch, *spatial)` or `(batch, class, *spatial)`; the loss of every pixel, say.
-        mask: True where losses count, or nominal weights up to a factor, of the dimensions of the losses (sizes of 1 are
-            repeated), or (batch, *spatial) for losses (batch, class, *spatial). Elsewhere losses may be anything, NaN
-            included, and their gradient is exactly 0.
+        mask: True where losses count, or nominal weights up to a factor. Of the dimensions of the losses (sizes of 1
+            are repeated), or (batch, *spatial) for losses (batch, class, *spatial). Elsewhere losses may be anything,
+            NaN included, and their gradient is exactly 0.
         over: what the adversary weighs. "pixel": all entries, together. "image": the mean losses of the images
             (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor, shaped
             like a mask, that says which group an entry belongs to: labels, annotators, pairs of them. Groups have
