@@ -12,12 +12,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.errors import NotConverged, ShapeError
+from firmly.fixedpoint.equilibrium import _errors as open_errors
 from firmly.linear.gradient import Gradient
 from firmly.prox.prior import Slope, largest, over_entries, positive, smallest, sum_over_sample
 from firmly.segment.grid import checked_coupling, checked_scores, differences, divergence, edge_bounds
 from firmly.segment.regions import region_means, regions
 
 BACKWARD_TOL = 1e-10  # relative residual of the reduced system
+FINEST = 1e-5  # accuracy while a certificate measures the network
 
 
 class EntropicTV(nn.Module):
@@ -99,12 +101,21 @@ class Minimum(NamedTuple):
     iterations: int
 
 
+class Settings(NamedTuple):
+    """Of the solver; `errors` collects its relative errors while a certificate measures the network."""
+
+    accuracy: float
+    max_iterations: int
+    errors: list[float] | None
+
+
 def minimiser(scores: Tensor, layer: EntropicTV, weights: Tensor | None) -> Tensor:
     """layer(scores, weights), open to `__torch_function__` so that a traced input records the layer instead."""
     if has_torch_function((scores, weights)):
         return handle_torch_function(minimiser, (scores, weights), scores, layer, weights)
-    wide = checked_scores(scores)
-    settings = (layer.accuracy, layer.max_iterations)
+    wide, errors = checked_scores(scores), open_errors.get()
+    accuracy = layer.accuracy if errors is None else min(layer.accuracy, FINEST)
+    settings = Settings(accuracy, layer.max_iterations, errors)
     return _Minimiser.apply(wide, layer.bounds(wide, weights), layer.tau(wide), settings).to(scores.dtype)
 
 
@@ -165,8 +176,10 @@ class _Minimiser(torch.autograd.Function):
     """(scores, bounds, tau) -> x*; its derivative is P = Z (Z' diag(tau / x) Z)^-1 Z'."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, bounds: Tensor, tau: Tensor, settings: tuple[float, int]) -> Tensor:
-        found = ascend(scores, bounds, tau, *settings)
+    def forward(ctx: Any, scores: Tensor, bounds: Tensor, tau: Tensor, settings: Settings) -> Tensor:
+        found = ascend(scores, bounds, tau, settings.accuracy, settings.max_iterations)
+        if settings.errors is not None:
+            settings.errors.append(float((found.error / found.x.flatten(1).norm(dim=1)).max()))
         ctx.save_for_backward(found.x, found.dual, bounds, tau)
         return found.x
 
