@@ -204,3 +204,6 @@ def test_what_is_refused():
         sure(lambda *a: y, y.long(), 1.0)
     with pytest.raises(DataError, match="same space"):
         divergence(y[:, :2], y)
+    criterion = sure(lambda data, p, start, tol: data[:, :2], y, 1.0)
+    with pytest.raises(DataError, match="same space"):
+        criterion.outer(criterion.inner(None, None, 0.1), None)

@@ -76,10 +76,7 @@ def divergence(image: Tensor, y: Tensor, probes: Tensor | None = None) -> Tensor
     `probes=None`, at the cost of one derivative an entry; else the mean of <b, J b> over the probes b (count, batch,
     *shape), random with independent entries of mean 0 and variance 1 (Hutchinson 1989).
     """
-    if image.shape != y.shape or image.is_complex():
-        raise DataError(
-            f"a divergence is of real maps to the same space, given {tuple(y.shape)} -> {tuple(image.shape)}"
-        )
+    refuse_other_space(image, y)
     vectors = units(y) if probes is None else probes
     found = []
     for b in vectors:
@@ -87,6 +84,13 @@ def divergence(image: Tensor, y: Tensor, probes: Tensor | None = None) -> Tensor
         found.append((pulled * b).flatten(1).sum(1))
     total = torch.stack(found).sum(0)
     return total if probes is None else total / len(probes)
+
+
+def refuse_other_space(image: Tensor, y: Tensor) -> None:
+    if image.shape != y.shape or image.is_complex():
+        raise DataError(
+            f"a divergence is of real maps to the same space, given {tuple(y.shape)} -> {tuple(image.shape)}"
+        )
 
 
 def units(y: Tensor) -> Tensor:
@@ -153,6 +157,7 @@ def sure(
                 spread = divergence(image, estimate.data, None if probes is None else vectors)
         else:
             images = mu(estimate.x)
+            refuse_other_space(images, estimate.data)
             image, moved = images[: len(y)], images[len(y) :].reshape(vectors.shape)
             products = (vectors * (moved - image)).flatten(2).sum(2) / length
             spread = products.sum(0) if probes is None else products.mean(0)
