@@ -163,11 +163,17 @@ def test_on_a_gpu():
 
 def test_what_is_refused():
     X, y = torch.randn(10, 3, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
-    for data, target in ((X, y[:5]), (X, y[:, 0]), (X[:0], y[:0])):
+    for data, target in ((X, y[:5]), (X, y[:, 0]), (X[:0], y[:0]), (X[:, :0], y)):
         with pytest.raises(ShapeError, match="given"):
             SparseLinear(data, target, Squared())
     with pytest.raises(DataError, match="finite"):
         SparseLinear(X / 0, y, Squared())
+    for target in (y.sign(), torch.ones(10, 2, dtype=torch.float64)):
+        with pytest.raises(DataError, match="not -1 and 1"):
+            SparseLinear(X, target, Logistic())
+    for target in (y.abs(), torch.ones(10, 2, dtype=torch.float64)):
+        with pytest.raises(DataError, match="sum 1"):
+            SparseLinear(X, target, Softmax())
     with pytest.raises(SettingsError, match="detach"):
         SparseLinear(X.clone().requires_grad_(), y, Squared())
     model = SparseLinear(X, y, Squared())

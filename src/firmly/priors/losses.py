@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from firmly.errors import DataError
+
 
 class Loss(Protocol):
     """A convex loss of scores (n, K) against targets (n, K), sample by sample."""
@@ -15,6 +17,10 @@ class Loss(Protocol):
     bend: float  # an upper bound of the eigenvalues of every sample's Hessian
     error: float  # how many of it the usual error is: a squared error is twice the loss
     shifted: bool  # whether adding one number to all K scores of a sample changes nothing
+
+    def check(self, target: Tensor) -> None:
+        """Raises `DataError` for targets that it is not for."""
+        ...
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
         """(n,)."""
@@ -34,6 +40,9 @@ class Squared:
 
     bend, error, shifted = 1.0, 2.0, False
 
+    def check(self, target: Tensor) -> None:
+        pass
+
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
         return 0.5 * (scores - target).square().sum(1)
 
@@ -49,6 +58,10 @@ class Logistic:
 
     bend, error, shifted = 0.25, 1.0, False
 
+    def check(self, target: Tensor) -> None:
+        if target.shape[1] != 1 or not bool(((target >= 0) & (target <= 1)).all()):
+            raise DataError("the targets of Logistic are numbers in [0, 1], in one column: 0 and 1, not -1 and 1")
+
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
         return (softplus(scores) - target * scores).sum(1)
 
@@ -63,6 +76,10 @@ class Softmax:
     """log sum_k exp s_k - <y, s> for y >= 0 with sum 1: K classes, multinomial regression."""
 
     bend, error, shifted = 0.5, 1.0, True
+
+    def check(self, target: Tensor) -> None:
+        if target.shape[1] < 2 or not bool((target >= 0).all()) or float((target.sum(1) - 1).abs().max()) > 1e-5:
+            raise DataError("the targets of Softmax are probabilities of at least two classes: rows with the sum 1")
 
     def value(self, scores: Tensor, target: Tensor) -> Tensor:
         return scores.logsumexp(1) - (target * scores).sum(1)

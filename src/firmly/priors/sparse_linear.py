@@ -47,12 +47,13 @@ class SparseLinear:
     """
 
     def __init__(self, X: Tensor, target: Tensor, loss: Loss, intercept: bool = True):
-        if X.dim() != 2 or target.dim() != 2 or len(X) != len(target) or len(X) == 0:
+        if X.dim() != 2 or target.dim() != 2 or len(X) != len(target) or 0 in X.shape:
             raise ShapeError(f"X is (n, p) and target (n, K), given {tuple(X.shape)} and {tuple(target.shape)}")
         if X.requires_grad or target.requires_grad:
             raise SettingsError("the solution is differentiated in the weights alone: detach X and target")
         if not bool(torch.isfinite(X).all() & torch.isfinite(target).all()):
             raise DataError("X and target are finite")
+        loss.check(target)
         ones = X.new_ones(len(X), 1) if intercept else X.new_zeros(len(X), 1)
         self.A, self.target, self.loss, self.intercept = torch.cat([X, ones], 1), target, loss, intercept
         self.residuals: list[float] = []
