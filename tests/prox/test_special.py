@@ -104,6 +104,14 @@ def test_nuclear_gradient_at_equal_singular_values():
     assert torch.autograd.gradcheck(lambda x: fp.LogDet(0.4).prox(x), (z,))
 
 
+@pytest.mark.parametrize("prior", [fp.Nuclear(0.4), fp.LogDet(0.4), fp.VonNeumann(0.4)], ids=lambda p: type(p).__name__)
+def test_spectral_maps_refuse_a_second_derivative(prior):
+    z = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(prior.prox(z).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 class TestTV:
     @pytest.mark.parametrize("isotropic", [True, False])
     def test_certified_accuracy(self, isotropic: bool):

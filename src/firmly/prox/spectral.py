@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from firmly.errors import ShapeError
@@ -86,7 +87,8 @@ class SpectralMap(torch.autograd.Function):
 
     `slopes` holds the derivative of the scalar map at every eigenvalue. The derivative in direction G is
     V (Gamma o (V* G V)) V* with Gamma_ij = (mapped_i - mapped_j) / (values_i - values_j), or the mean slope where
-    eigenvalues coincide (Daleckii and Krein 1965; Bhatia, Matrix analysis, 1997, theorem V.3.3).
+    eigenvalues coincide (Daleckii and Krein 1965; Bhatia, Matrix analysis, 1997, theorem V.3.3). That formula holds the
+    eigenvectors fixed, so a second derivative through it is refused.
     """
 
     @staticmethod
@@ -95,6 +97,7 @@ class SpectralMap(torch.autograd.Function):
         return (vectors * mapped.unsqueeze(-2)) @ vectors.mH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         values, vectors, mapped, slopes = ctx.saved_tensors
         rotated = vectors.mH @ gradients[0] @ vectors
