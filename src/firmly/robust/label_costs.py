@@ -45,8 +45,9 @@ def tree_cost(parents: Sequence[int], classes: int) -> Tensor:
 def boundary_distance(labels: Tensor, unit: float = 1.0) -> Tensor:
     """The Euclidean distance (batch, *spatial) from every pixel to the nearest of another label, in units of `unit`.
 
-    As a factor of the cost, changes near contours are cheap. Images of one label have the diagonal of the image
-    everywhere. By exact distance transforms of SciPy on the CPU, one for each class of an image: compute it once.
+    As a factor of the cost, changes near contours are cheap; void counts as a label of its own. Images of one label
+    have the diagonal of the image everywhere. By exact distance transforms of SciPy on the CPU, one for each class of
+    an image: compute it once.
     """
     from scipy.ndimage import distance_transform_edt
 
