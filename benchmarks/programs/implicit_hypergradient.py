@@ -28,7 +28,7 @@ from firmly.priors.losses import Logistic
 from firmly.priors.sparse_linear import SparseLinear
 
 # processor seconds of one setting after which it is not repeated, after which the first run counts; seconds for one run
-ENOUGH, LONG, LIMIT = 3.0, 4.0, 60.0
+ENOUGH, LONG, LIMIT = 3.0, 20.0, 60.0
 
 
 class TooSlow(Exception):
