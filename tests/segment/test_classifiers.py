@@ -142,7 +142,10 @@ def test_bad_input_is_refused():
         LogisticSegmenter().fit(images, np.zeros_like(maps))
     with pytest.raises(DataError, match="NaN"):
         LogisticSegmenter().fit(images * np.nan, maps)
-    fitted = LogisticSegmenter(coupling=0.0, tol=1e-1).fit(images, maps)
+    with pytest.raises(DataError, match="label maps are integers"):
+        LogisticSegmenter().fit(images, maps / 2)
+    fitted = LogisticSegmenter(coupling=0.0, tol=1e-1).fit(np.stack([images] * 2, 1), maps.astype(np.uint8))
+    fitted.fit(images, maps)  # again, on images with another number of channels
     with pytest.raises(ShapeError, match="axes"):
         fitted.predict(images[:, :, 0])
     with pytest.raises(SettingsError, match="loss"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from firmly.errors import DataError, ShapeError
 from firmly.segment.energy import EntropicTV
 from firmly.segment.features import PixelFeatures
-from firmly.segment.grid import edge_bounds
+from firmly.segment.grid import contrast_weights, edge_bounds
 from firmly.segment.labels import IGNORE
 from firmly.segment.linear_segmenter import Batch, Fit, LinearSegmenter, fit_hinge, fit_logistic
 from firmly.segment.structured_hinge import best_segmentation
@@ -40,12 +40,12 @@ class _Segmenter(BaseEstimator):
 
     def fit(self, images: Any, label_maps: Any, ignore: int = IGNORE) -> _Segmenter:
         """Learn from images and their label maps; pixels of class `ignore` have no label."""
-        maps = [torch.from_numpy(np.array(m)) for m in label_maps]
+        maps = [class_numbers(m) for m in label_maps]
         if len(maps) == 0 or len(maps) != len(images):
             raise ShapeError(f"one label map for every image, at least one; given {len(images)} and {len(maps)}")
         self.axes_ = maps[0].dim()
+        self.channels_ = None  # those of the first image
         stacks = [self._image(image)[None] for image in images]
-        self.channels_ = stacks[0].shape[1]
         for k, (image, labels) in enumerate(zip(stacks, maps)):
             if image.shape[2:] != labels.shape:
                 raise ShapeError(f"image {k} is {tuple(image.shape[1:])} and its label map {tuple(labels.shape)}")
@@ -107,21 +107,22 @@ class _Segmenter(BaseEstimator):
         return self.network_(stack).argmax(1)
 
     def _edges(self, stack: Tensor) -> Tensor | None:
-        return LinearSegmenter.edge_weights(self, stack)  # type: ignore[arg-type]  # reads `contrast`
+        return contrast_weights(stack, self.contrast) if self.contrast > 0 else None
 
     def _image(self, image: Any) -> Tensor:
         tensor = torch.from_numpy(np.array(image, dtype=np.float64))
         tensor = tensor[None] if tensor.dim() == self.axes_ else tensor
-        channels = getattr(self, "channels_", tensor.shape[0])
-        if tensor.dim() != self.axes_ + 1 or tensor.shape[0] != channels:
-            raise ShapeError(f"images have {self.axes_} axes and {channels} channels, given {np.shape(image)}")
+        if self.channels_ is None and tensor.dim() == self.axes_ + 1:
+            self.channels_ = tensor.shape[0]
+        if tensor.dim() != self.axes_ + 1 or tensor.shape[0] != self.channels_:
+            raise ShapeError(f"images have {self.axes_} axes and {self.channels_} channels, given {np.shape(image)}")
         if not bool(torch.isfinite(tensor).all()):
             raise DataError("an image contains NaN or infinite values")
         return tensor
 
     @torch.no_grad()
     def _map(self, images: Any, function: Any) -> Any:
-        check_is_fitted(self)
+        check_is_fitted(self, "network_")
         results = [function(self._image(image)[None]).numpy() for image in images]
         return np.stack(results) if len({r.shape for r in results}) == 1 and not isinstance(images, list) else results
 
@@ -187,6 +188,13 @@ class SvmSegmenter(_Segmenter):
         scores = self.network_.scores(stack)
         bounds = edge_bounds(self.coupling_, self.network_.edge_weights(stack), scores)
         return best_segmentation(scores, bounds, 1e-3, 20_000).x.argmax(1)
+
+
+def class_numbers(label_map: Any) -> Tensor:
+    given = np.asarray(label_map)
+    if given.dtype.kind not in "iub":
+        raise DataError(f"label maps are integers, one class number for every pixel; given {given.dtype}")
+    return torch.from_numpy(given.astype(np.int64))
 
 
 def best_temperature(found: Fit, batches: list[Batch]) -> float:

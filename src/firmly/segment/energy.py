@@ -19,7 +19,6 @@ from firmly.segment.grid import checked_coupling, checked_scores, differences, d
 from firmly.segment.regions import region_means, regions
 
 BACKWARD_TOL = 1e-10  # relative residual of the reduced system
-FINEST = 1e-5  # accuracy while a certificate measures the network
 
 
 class EntropicTV(nn.Module):
@@ -114,8 +113,7 @@ def minimiser(scores: Tensor, layer: EntropicTV, weights: Tensor | None) -> Tens
     if has_torch_function((scores, weights)):
         return handle_torch_function(minimiser, (scores, weights), scores, layer, weights)
     wide, errors = checked_scores(scores), open_errors.get()
-    accuracy = layer.accuracy if errors is None else min(layer.accuracy, FINEST)
-    settings = Settings(accuracy, layer.max_iterations, errors)
+    settings = Settings(layer.accuracy, layer.max_iterations, errors)
     return _Minimiser.apply(wide, layer.bounds(wide, weights), layer.tau(wide), settings).to(scores.dtype)
 
 
