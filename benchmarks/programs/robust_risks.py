@@ -112,7 +112,7 @@ def reference(divergence: str, radius: float, ordered: np.ndarray) -> float:
         q = law(math.exp(logarithm))
         return float(np.sum(q[q > 0] * np.log(n * q[q > 0]))) - radius
 
-    return float(ordered[0] + (law(math.exp(brentq(excess, -20, 10, xtol=1e-14))) * shifted).sum())
+    return float(ordered[0] + (law(math.exp(brentq(excess, -12, 6, xtol=1e-10))) * shifted).sum())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.robust.losses import VOID
-from firmly.robust.pencil import given_laws, label_step
+from firmly.robust.pencil import towards_labels, weights_are_fine
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -112,9 +112,8 @@ class LabelStore(nn.Module):
             values, classes = view.crop(self.means[image]), view.crop(self.classes_kept[image])
             if new.shape[1:] != values.shape[1:]:
                 raise ShapeError(f"{view} does not have the size {tuple(seen.shape[1:])} of its predictions")
-            old = self.dense(values, classes)
-            mean = torch.where(values[0] > 0, old + (1 - self.momentum) * (new - old), new)
-            top = mean.topk(values.shape[0], dim=0)
+            rate = torch.where(values[:1] > 0, 1 - self.momentum, 1.0)  # the first visit says all there is
+            top = self.dense(values, classes).lerp_(new, rate).topk(values.shape[0], dim=0)
             values.copy_(top.values)
             classes.copy_(top.indices)
 
@@ -128,16 +127,16 @@ class LabelStore(nn.Module):
 
         The given label where nothing was predicted yet, and the mean prediction on void.
         """
+        weights_are_fine(kappa, 0.0)
         pairs = zip(images, self.whole(images, views), strict=True)
         return torch.stack([view.shown(self.believed(image, view, kappa)) for image, view in pairs])
 
     def believed(self, image: int, view: View, kappa: float) -> Tensor:
         """Believed laws (class, *extent) on the pixels under a view."""
         given = view.crop(self.given[image].unsqueeze(0))
-        laws = label_step(self.mean(image, view).unsqueeze(0), given, kappa, self.void)
-        one_hot, valid = given_laws(given, self.classes, self.void)
-        unseen = valid & (view.crop(self.means[image])[:1] == 0)
-        return torch.where(unseen.unsqueeze(1), one_hot.to(laws), laws)[0]
+        unseen = view.crop(self.means[image])[:1] == 0
+        share = torch.where(unseen, 1.0, kappa / (1 + kappa)) * (given != self.void)
+        return towards_labels(self.mean(image, view).unsqueeze(0), given, share)[0]
 
     def mean(self, image: int, view: View) -> Tensor:
         """Mean predictions (class, *extent) on the pixels under a view."""
@@ -145,13 +144,13 @@ class LabelStore(nn.Module):
 
     def dense(self, values: Tensor, classes: Tensor) -> Tensor:
         """Laws (class, *spatial) from the largest probabilities (kept, *spatial) and their classes."""
-        values = values.float()
-        rest = (1 - values.sum(0, keepdim=True)).clamp(min=0) / max(self.classes - len(values), 1)
-        laws = rest.expand(self.classes, *values.shape[1:]).clone()
-        seen = values[:1] > 0
-        laws.scatter_(0, classes.long(), torch.where(seen, values, rest))
-        laws = torch.where(seen, laws, 1.0)
-        return laws / laws.sum(0, keepdim=True)
+        values, seen = values.float(), values[:1] > 0
+        total = values.sum(0, keepdim=True)  # above one by rounding only
+        divisor = total if len(values) == self.classes else total.clamp(min=1)
+        values = torch.where(seen, values / divisor, 1 / self.classes)
+        rest = (1 - total).clamp(min=0) / max(self.classes - len(values), 1)
+        laws = torch.where(seen, rest, 1 / self.classes).repeat(self.classes, *[1] * (values.dim() - 1))
+        return laws.scatter_(0, classes.long(), values)
 
     def whole(self, images: Sequence[int], views: Sequence[View] | None) -> Sequence[View]:
         """The views, or for none the whole images."""

@@ -48,11 +48,17 @@ def label_step(probabilities: Tensor, labels: Tensor, kappa: float = 1.0, void: 
     Source: derived in docs/theory/robust_risks.
     """
     weights_are_fine(kappa, 0.0)
-    given, valid = given_laws(labels, probabilities.shape[1], void)
-    if given.shape != probabilities.shape:
+    valid = valid_labels(labels, probabilities.shape[1], void)
+    if probabilities.shape != (labels.shape[0], probabilities.shape[1], *labels.shape[1:]):
         raise ShapeError(f"probabilities {tuple(probabilities.shape)} do not fit labels {tuple(labels.shape)}")
-    weight = kappa * valid.unsqueeze(1)
-    return (probabilities + weight * given.to(probabilities)) / (1 + weight)
+    return towards_labels(probabilities, labels, valid * (kappa / (1 + kappa)))
+
+
+def towards_labels(laws: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    """(1 - share) p + share e_y, with a share (batch, *spatial) that is 0 on void."""
+    index = torch.where(share > 0, labels, 0).long().unsqueeze(1)
+    share = share.to(laws.dtype).unsqueeze(1)
+    return (laws * (1 - share)).scatter_add(1, index, share)
 
 
 def smooth_label_step(
@@ -87,13 +93,19 @@ def smooth_label_step(
 
 def given_laws(labels: Tensor, classes: int, void: int) -> tuple[Tensor, Tensor]:
     """One-hot laws (batch, class, *spatial), 0 on void, and where labels are valid."""
+    valid = valid_labels(labels, classes, void)
+    laws = one_hot(torch.where(valid, labels, 0).long(), classes).movedim(-1, 1)
+    return laws * valid.unsqueeze(1), valid
+
+
+def valid_labels(labels: Tensor, classes: int, void: int) -> Tensor:
+    """Where there is a label (batch, *spatial), once all labels are classes."""
     if labels.is_floating_point():
         raise DataError(f"given labels are integers (batch, *spatial), not {labels.dtype}")
     valid = labels != void
     if bool((valid & ((labels < 0) | (labels >= classes))).any()):
         raise DataError(f"labels lie between 0 and {classes - 1}, or are {void} where there is none")
-    laws = one_hot(torch.where(valid, labels, 0).long(), classes).movedim(-1, 1)
-    return laws * valid.unsqueeze(1), valid
+    return valid
 
 
 def weights_are_fine(kappa: float, beta: float) -> None:
