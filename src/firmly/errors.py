@@ -27,6 +27,10 @@ class NotConverged(FirmlyError, RuntimeError):
     """An inner iteration that did not reach its certified accuracy."""
 
 
+class NotDifferentiable(FirmlyError, RuntimeError):
+    """A derivative that does not exist, or that is not computed here."""
+
+
 class VerificationError(FirmlyError):
     """A certificate does not hold for the network it was checked against."""
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.algorithms.algorithm import check
@@ -21,6 +20,7 @@ from firmly.fixedpoint.solve import Status, batch_norm, refuse_bad, solve
 from firmly.linear.blocks import reversed_axes, turn
 from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.monotone import loop_resolvent, monotonicity
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import Prior, smallest
 
 Splitting = EquilibriumForwardBackward | PeacemanRachford
@@ -195,6 +195,7 @@ def by_krylov(transposed: Callable[[Tensor], Tensor], gradient: Tensor, tol: flo
     return gmres(lambda u: u - transposed(u), gradient, ADJOINT * tol)
 
 
+@once_differentiable
 class Attached(torch.autograd.Function):
     """The image T(v) of a fixed point v, with the gradient (I - T'(v))^-T of the fixed point."""
 
@@ -204,7 +205,6 @@ class Attached(torch.autograd.Function):
         return image.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
         u, residual = ctx.adjoint(gradient)

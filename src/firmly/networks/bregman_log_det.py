@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError
@@ -18,6 +17,7 @@ from firmly.linear.basis import Fourier
 from firmly.linear.map import LinearMap
 from firmly.networks.bregman_invertible import Residual, invertibility, residual_of
 from firmly.networks.bregman_weights import Triangular
+from firmly.once_differentiable import once_differentiable
 
 LARGEST_MATRIX = 1024  # rows of determinants that are factorised
 
@@ -150,6 +150,7 @@ class Probes(nn.Module):
         return (a * self.of.outer(slopes * (e if self.of.inner is None else self.of.inner(e)))).flatten(1).sum(1)
 
 
+@once_differentiable
 class FirstOrder(torch.autograd.Function):
     """A value with the gradient of another function of u and the weights, which is right once and not twice."""
 
@@ -160,7 +161,6 @@ class FirstOrder(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():

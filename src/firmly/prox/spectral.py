@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from firmly.errors import ShapeError
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import Prior, Slope, positive, sum_over_sample
 
 
@@ -82,6 +82,7 @@ def square(matrices: Tensor) -> None:
         raise ShapeError(f"a log-determinant takes square matrices (batch, ..., n, n), given {tuple(matrices.shape)}")
 
 
+@once_differentiable
 class SpectralMap(torch.autograd.Function):
     """V diag(mapped) V* for a Hermitian matrix V diag(values) V*, differentiable also where eigenvalues coincide.
 
@@ -97,7 +98,6 @@ class SpectralMap(torch.autograd.Function):
         return (vectors * mapped.unsqueeze(-2)) @ vectors.mH
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         values, vectors, mapped, slopes = ctx.saved_tensors
         rotated = vectors.mH @ gradients[0] @ vectors
