@@ -73,17 +73,13 @@ def transport(reward: Tensor, cost: Tensor, mass: Tensor, owner: Tensor, owners:
         new_reward = rich_reward + total(weight * (at(gains, new) - at(gains, old)), of)
         new_cost = rich_cost + total(weight * (at(costs, new) - at(costs, old)), of)
         above = (new_reward - rich_reward) - price * (new_cost - rich_cost)  # the dual above its tangents
-        rounding = 1e-14 * total(weight * (at(gains, new) - at(gains, old)).abs(), of)
+        rounding = 1e-14 * total(weight * (at(gains, new) - at(gains, old)).abs(), of) + 4e-16 * rich_reward.abs()
         binding = binding & (above > rounding)
         to_rich, to_poor = binding & (new_cost > budget), binding & (new_cost <= budget)
-        rich_reward, rich_cost = (
-            torch.where(to_rich, new_reward, rich_reward),
-            torch.where(to_rich, new_cost, rich_cost),
-        )
-        poor_reward, poor_cost = (
-            torch.where(to_poor, new_reward, poor_reward),
-            torch.where(to_poor, new_cost, poor_cost),
-        )
+        rich_reward = torch.where(to_rich, new_reward, rich_reward)
+        rich_cost = torch.where(to_rich, new_cost, rich_cost)
+        poor_reward = torch.where(to_poor, new_reward, poor_reward)
+        poor_cost = torch.where(to_poor, new_cost, poor_cost)
         rich[open_atoms] = torch.where(to_rich[of], new, rich[open_atoms])
         poor[open_atoms] = torch.where(to_poor[of], new, poor[open_atoms])
     raise NotConverged(f"the price of a Wasserstein budget of {budget:g} was not found in {MAX_ITERATIONS} steps")
