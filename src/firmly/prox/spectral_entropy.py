@@ -55,7 +55,7 @@ class NoisyLogDet(Prior):
 
     The log-likelihood term of a precision matrix X whose samples were seen in white noise; LogDet at noise variance 0.
     prox: an eigenvalue s becomes the root c > 0 of c - s = t weight / (c (1 + noise_variance c)), by a monotone
-    Newton's method between two roots of LogDet. Source: Benfenati, Chouzenoux and Pesquet 2020, section 4; the Newton
+    Newton's method between two roots of LogDet. Source: Benfenati, Chouzenoux and Pesquet 2020; the Newton
     method is ours.
     """
 

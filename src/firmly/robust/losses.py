@@ -156,7 +156,7 @@ def early_learning(logits: Tensor, average: Tensor, weight: float = 3.0) -> Tens
 
     `average` is the running mean t of earlier predictions (`LabelStore.average`): it keeps what was learned before
     labels were memorised. Source: Liu, Niles-Weed, Razavian and Fernandez-Granda, Early-learning regularization
-    prevents memorization of noisy labels, 2020, equation 6.
+    prevents memorization of noisy labels, 2020.
     """
     if average.shape != logits.shape:
         raise ShapeError(

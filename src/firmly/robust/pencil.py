@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot, softmax
@@ -27,7 +29,7 @@ def pencil_loss(
     `risk`, over the valid pixels. The paper's stages: cross-entropy alone; model and states together; then `kappa=0`
     with states detached.
 
-    Source: Yi and Wu, Probabilistic end-to-end noise correction for learning with noisy labels, 2019, equations 4-8.
+    Source: Yi and Wu, Probabilistic end-to-end noise correction for learning with noisy labels, 2019.
     The released code applies the softmax twice in L_o; docs/robust_risks says what that changes.
     """
     if logits.shape != states.shape:
@@ -109,5 +111,5 @@ def valid_labels(labels: Tensor, classes: int, void: int) -> Tensor:
 
 
 def weights_are_fine(kappa: float, beta: float) -> None:
-    if not (kappa >= 0 and beta >= 0):
-        raise SettingsError(f"kappa and beta are not negative, given {kappa} and {beta}")
+    if not (0 <= kappa < math.inf and 0 <= beta < math.inf):
+        raise SettingsError(f"kappa and beta are finite and not negative, given {kappa} and {beta}")

@@ -29,7 +29,7 @@ class SpectralDouglasRachford(Algorithm):
     With `spectral = LogDet()` and `prior = L1(weight)` it is the graphical Lasso; `VonNeumann` and `NoisyLogDet` are
     other entropies. Any step t > 0, relaxation in (0, 2).
     Sources: Lions and Mercier 1979; Benfenati, Chouzenoux and Pesquet, Proximal approaches for matrix optimization
-    problems: application to robust precision matrix estimation, 2020, section 3.
+    problems: application to robust precision matrix estimation, 2020.
     """
 
     learnable = ("step_size", "relaxation", "spectral", "prior")
@@ -92,7 +92,7 @@ def robust_precision(
     `SpectralDouglasRachford`, and so on; F never increases. At v = 0 one pass is exact.
 
     `covariance` S is (batch, n, n), symmetric. Raises `NotConverged` when an inner problem or F has not settled to
-    `tol`. Source: Benfenati, Chouzenoux and Pesquet 2020, section 4.
+    `tol`. Source: Benfenati, Chouzenoux and Pesquet 2020.
     """
     if not noise_variance >= 0:
         raise SettingsError(f"the noise variance is not negative, given {noise_variance}")
