@@ -16,6 +16,7 @@ from firmly.fixedpoint.bilevel import entries, leaves, shaped
 STATIONARY = 1e-3  # of the outer objective: what a gradient in the logarithms may still gain for a factor of e
 RESIDUAL = 1e-2  # of both inner problems, relative, where the gradient is believed
 WARMING = 3  # epochs before the parameters move
+FOLLOWING, LAGGING = 0.03, 2e-3  # residual of the linear system, and part of the objective, within which they move
 LONGEST = 0.5  # change of a logarithm in an epoch
 FIRST = 0.05  # the first distance of the outer steps
 POWER = 8  # power iterations for the largest curvature, every epoch on a block of its own
@@ -35,7 +36,8 @@ class StochasticSolution:
     """Where it ended; the objective, its gradient in the logarithms and both residuals are of all samples.
 
     `inner_residual` is |grad G| over its size at the start, `linear_residual` that of H v = grad_x F: where they are
-    not small, `gradient` is not that of the solution, and `converged` is False.
+    not small, `gradient` is not that of the solution, and `converged` is False. `lag` estimates to first order how far
+    the objective lies above that of the exact solution for these parameters: <v, grad G> with H v = grad_x F.
     """
 
     parameters: Any
@@ -44,12 +46,14 @@ class StochasticSolution:
     gradient: Any
     inner_residual: float
     linear_residual: float
+    lag: float
     history: list[Epoch]
 
     @property
     def converged(self) -> bool:
         steepest = max(float(g.abs().max()) for g in leaves(self.gradient))
         accurate = max(self.inner_residual, self.linear_residual) <= RESIDUAL
+        accurate = accurate and abs(self.lag) <= STATIONARY * abs(self.objective)
         return accurate and steepest <= STATIONARY * abs(self.objective)
 
 
@@ -73,9 +77,10 @@ def stochastic_bilevel(
         x <- x - a grad_x G,   v <- v - a (H v - grad_x F),   log p <- log p - c (grad_p F - d/dp <grad_x G, v>)
 
     with minibatches whose past gradients are kept (SAGA), so that steps need not fall. The step a is a part of the
-    inverse of the largest curvature, measured anew in every epoch; c is the distance gone over the root of the sum of
-    squared gradients. Stops after `epochs` passes over the inner samples, or where all three are stationary. Memory: 3
-    vectors for each block of `batch` inner samples, 2 for each outer one.
+    inverse of the largest curvature, measured anew in every epoch; p waits in epochs at
+    whose start x or v lag behind; c is the distance gone over the root of the sum of squared gradients. Stops after
+    `epochs` passes over the inner samples, or where all three are stationary. Memory: 3 vectors for each block of
+    `batch` inner samples, 2 for each outer one.
 
     Raises `ShapeError` and `SettingsError` for what does not fit, `NotConverged` where values are no longer finite.
     Sources: Dagreou, Ablin, Vaiter and Moreau, A framework for bilevel optimization that enables stochastic and global
@@ -90,7 +95,7 @@ def stochastic_bilevel(
     history: list[Epoch] = []
     for epoch in range(epochs):
         search.measure_curvature()
-        search.run_epoch(moving=epoch >= WARMING)
+        search.run_epoch(moving=epoch >= WARMING and search.settled())
         objective, _, gradient = search.means()
         if not (math.isfinite(objective) and bool(torch.isfinite(gradient).all())):
             raise NotConverged(
@@ -102,10 +107,10 @@ def stochastic_bilevel(
             callback(history[-1])
         if search.stationary(objective, gradient):
             break
-    objective, inner_residual, linear_residual, gradient = search.in_full()
+    objective, inner_residual, linear_residual, lag, gradient = search.in_full()
     return StochasticSolution(
         search.shaped(search.q.exp()), search.x, objective, search.shaped(gradient), inner_residual, linear_residual,
-        history,
+        lag, history,
     )  # fmt: skip
 
 
@@ -230,16 +235,23 @@ class Search:
         residual = float((bent - pull).norm() / pull.norm().clamp(min=1e-300))
         return float(self.values[known].mean()), residual, direct - cross
 
+    def settled(self) -> bool:
+        """Whether solution and linear system follow the parameters closely enough to move these on."""
+        objective, residual, _ = self.means()
+        lag = float((self.v * self.memory[0].mean()).sum())
+        return residual <= FOLLOWING and abs(lag) <= LAGGING * abs(objective)
+
     def stationary(self, objective: float, gradient: Tensor) -> bool:
         slope, residual = self.memory[0].mean(), self.means()[1]
         near = float(slope.norm()) <= 0.3 * RESIDUAL * self.begin and residual <= 0.3 * RESIDUAL
         return near and float(gradient.abs().max()) <= 0.5 * STATIONARY * abs(objective)
 
-    def in_full(self) -> tuple[float, float, float, Tensor]:
+    def in_full(self) -> tuple[float, float, float, float, Tensor]:
         """The objective, both residuals and the gradient, of all samples."""
         inner = [self.parts(i, 0)[:3] for i in range(len(self.blocks[0]))]
         outer = [self.parts(0, j)[3:] for j in range(len(self.blocks[1]))]
         slope, bent, cross = (torch.stack(values).mean(0) for values in zip(*inner))
         pull, direct, objective = (torch.stack(values).mean(0) for values in zip(*outer))
         linear = float((bent - pull).norm() / pull.norm().clamp(min=1e-300))
-        return float(objective), float(slope.norm()) / max(self.begin, 1e-300), linear, direct - cross
+        lag = float((self.v * slope).sum())
+        return float(objective), float(slope.norm()) / max(self.begin, 1e-300), linear, lag, direct - cross
