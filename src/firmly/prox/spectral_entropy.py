@@ -17,7 +17,7 @@ class VonNeumann(Prior):
     prox: an eigenvalue s becomes the root x of x + t weight (log x + 1) = s, that is t weight W(exp(s / (t weight) -
     1) / (t weight)) with Lambert's W, found by Newton's method in log x, where nothing overflows. Source: Benfenati,
     Chouzenoux and Pesquet, Proximal approaches for matrix optimization problems: application to robust precision
-    matrix estimation, 2020, table 1.
+    matrix estimation, 2020.
     """
 
     structure = "whole"
