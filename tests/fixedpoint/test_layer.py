@@ -7,7 +7,17 @@ import torch
 
 import firmly as fm
 from firmly.errors import ConditionError, NotConverged, SettingsError
-from firmly.fixedpoint import AdjointWarning, Anderson, Broyden, Checkpointed, Implicit, Neumann, Unrolled, implicit
+from firmly.fixedpoint import (
+    AdjointWarning,
+    Anderson,
+    Broyden,
+    Checkpointed,
+    Implicit,
+    Neumann,
+    Unrolled,
+    fixed_point,
+    implicit,
+)
 from firmly.prox import L1, ElasticNet, GroupL1
 
 TOL = 1e-13
@@ -194,3 +204,25 @@ def test_conditions_are_asked_for():
     X = torch.eye(2, dtype=torch.float64)
     with pytest.raises(ConditionError, match="step_size"):
         implicit(fm.algorithms.ForwardBackward(fm.linear.Dense(X), L1(0.1), step_size=3.0))
+
+
+def test_tangents_of_tensors_inside_the_algorithm_reach_the_solution():
+    """Forward mode, where nothing requires a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    X, y = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((30, 20), (1, 30)))
+    weight = torch.tensor(2.0, dtype=torch.float64)
+
+    def code(weight):
+        return implicit(fm.algorithms.ForwardBackward(fm.linear.Dense(X), L1(weight)), tol=1e-13)(y)
+
+    forwards = torch.func.jvp(code, (weight,), (torch.ones_like(weight),))[1]
+    assert float(forwards.abs().max()) > 1e-3
+    torch.testing.assert_close(forwards, torch.func.jacrev(code)(weight), rtol=1e-8, atol=1e-12)
+
+
+def test_tangents_that_a_map_holds_on_to_are_refused():
+    def solution(w):
+        return fixed_point(lambda x: torch.tanh(0.3 * w * x + 1), torch.zeros(1, 3, dtype=torch.float64)).state
+
+    with pytest.raises(SettingsError, match="holds on to tensors"):
+        torch.func.jvp(solution, (torch.ones((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),))

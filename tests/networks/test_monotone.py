@@ -248,3 +248,9 @@ def test_autocast_leaves_the_precision_of_the_loop():
     torch.testing.assert_close(z, torch.relu(layer.loop(z) + w), rtol=0, atol=1e-5)
     z.sum().backward()
     assert z.dtype == torch.float32 and all(p.grad is not None for p in layer.parameters())
+
+
+def test_forward_mode_is_refused():
+    layer, x = CASES["dense"], data(1, 3)
+    with pytest.raises(NotDifferentiable, match="backwards only"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))

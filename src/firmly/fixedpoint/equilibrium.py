@@ -14,9 +14,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.algorithms.algorithm import check
 from firmly.algorithms.equilibrium import EquilibriumForwardBackward, PeacemanRachford
-from firmly.errors import NotConverged
+from firmly.errors import NotConverged, NotDifferentiable
 from firmly.fixedpoint.gmres import gmres
 from firmly.fixedpoint.solve import Status, batch_norm, refuse_bad, solve
+from firmly.fixedpoint.state import carries_tangent
 from firmly.linear.blocks import reversed_axes, turn
 from firmly.linear.map import Adjoint, LinearMap
 from firmly.linear.monotone import loop_resolvent, monotonicity
@@ -52,6 +53,9 @@ def attached(splitting: Splitting, w: Tensor, tol: float | None, max_iterations:
     """The equilibrium with its gradient."""
     check(splitting.conditions())
     refuse_bad("the input of an equilibrium", w, splitting.data_shape)
+    tensors = (w, *splitting.parameters(), *splitting.buffers())
+    if any(map(carries_tangent, tensors)):
+        raise NotDifferentiable("an equilibrium is differentiated backwards only: torch.func.vjp or jacrev, not jvp")
     w = reversed_axes(turn(w))  # the layout of the products; sums of tensors in two layouts are slow
     errors, finest = _errors.get(), torch.finfo(w.dtype).eps ** 0.75
     tol = finest if tol is None or errors is not None else tol
@@ -62,7 +66,6 @@ def attached(splitting: Splitting, w: Tensor, tol: float | None, max_iterations:
             f"{tol:.3g}, {reached.iterations} iterations)"
         )
     diagonal = splitting.prior.structure in ("separable", "channel") and not v.is_complex()
-    tensors = (w, *splitting.parameters(), *splitting.buffers())
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         image = splitting.prior.prox(splitting.loop(v) + w, 1.0)
         if errors is not None:

@@ -18,7 +18,7 @@ from firmly.fixedpoint.kinks import kinks
 from firmly.fixedpoint.proximal_gradient import ProximalGradient, ProximalGradientSolver
 from firmly.fixedpoint.solve import Status
 from firmly.fixedpoint.solvers import Found, Picard, Solver, iterate
-from firmly.fixedpoint.state import Layout, norms, relative_residual
+from firmly.fixedpoint.state import Layout, norms, relative_residual, wants_derivative
 
 
 @dataclass
@@ -155,7 +155,7 @@ def fixed_point(
         return exported(step, layout, flat, parameters, tol, max_iterations)
     refuse_empty(flat)
     refuse_hidden_parameters(step, flat, parameters)
-    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    wanted = torch.is_grad_enabled() and any(map(wants_derivative, parameters))
     if isinstance(adjoint, (Unrolled, Checkpointed)):
         return unrolled(step, layout, flat, parameters, solver, adjoint, tol, max_iterations, modulus)
     manifold = None
@@ -272,12 +272,11 @@ def refuse_empty(flat: Tensor) -> None:
 
 
 def refuse_hidden_parameters(step: Callable[..., Tensor], flat: Tensor, parameters: tuple[Tensor, ...]) -> None:
-    """Raise if T depends on tensors that require gradients and are not parameters: these would be silently zero."""
+    """Raise if T depends on tensors that want derivatives and are not parameters: these would be silently zero."""
     with torch.enable_grad():
         image = step(flat, *(p.detach() for p in parameters))
-    if image.requires_grad:
+    if wants_derivative(image):
         raise SettingsError(
             "the map holds on to tensors that require gradients: pass them as parameters, fixed_point(T, start, "
-            "*tensors) "
-            "with T(x, *tensors), or detach them; use firmly.implicit for modules"
+            "*tensors) with T(x, *tensors), or detach them; use firmly.implicit for modules"
         )

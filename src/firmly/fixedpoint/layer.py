@@ -17,6 +17,7 @@ from firmly.fixedpoint.fixed_point import FixedPoint, fixed_point
 from firmly.fixedpoint.manifold import ManifoldSolver, prior_of
 from firmly.fixedpoint.solve import refuse_bad
 from firmly.fixedpoint.solvers import Picard, Solver
+from firmly.fixedpoint.state import wants_derivative
 
 
 class ImplicitLayer(nn.Module):
@@ -44,7 +45,7 @@ class ImplicitLayer(nn.Module):
         algorithm = self.algorithm
         refuse_bad("data", y, algorithm.data_shape)
         check(algorithm.conditions(), self.waive)
-        tensors = {n: t for n, t in named_tensors(algorithm).items() if t.requires_grad}
+        tensors = {n: t for n, t in named_tensors(algorithm).items() if wants_derivative(t)}
         names = list(tensors)
 
         def T(state: Any, data: Tensor, *values: Tensor) -> Any:

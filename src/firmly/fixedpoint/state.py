@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from firmly.errors import DataError, ShapeError
 
@@ -72,3 +73,13 @@ def in_range(size: Tensor) -> Tensor:
     """Whether a difference that matters beside a norm of this size has a norm of its own."""
     limits = torch.finfo(size.dtype)
     return (size > limits.tiny**0.5 / limits.eps) & torch.isfinite(size)
+
+
+def wants_derivative(tensor: Tensor) -> bool:
+    """Does a derivative of it matter to somebody: backwards, or forwards as the tangent that it carries?"""
+    return tensor.requires_grad or carries_tangent(tensor)
+
+
+def carries_tangent(tensor: Tensor) -> bool:
+    """Is it differentiated forwards?"""
+    return unpack_dual(tensor).tangent is not None
