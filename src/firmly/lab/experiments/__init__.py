@@ -5,6 +5,7 @@ from __future__ import annotations
 from firmly.errors import SettingsError
 from firmly.lab.experiments import (
     bilevel,
+    bregman,
     compressed_sensing,
     ct,
     deblur,
@@ -32,6 +33,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     dictionary.STUDY,
     sparse_coding.STUDY,
     bilevel.STUDY,
+    bregman.STUDY,
 )
 
 
