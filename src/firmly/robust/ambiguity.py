@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from firmly.errors import DataError, SettingsError, ShapeError
+from firmly.once_differentiable import once_differentiable
 from firmly.robust.rows import Rows
 
 Sense = Literal["sup", "inf"]
@@ -115,6 +115,7 @@ class _Supremum(torch.autograd.Function):
         return gradients[0].to(weights.dtype).unsqueeze(1) * weights, of_radius, None, None, None, None
 
 
+@once_differentiable
 class _Weights(torch.autograd.Function):
     """The weights, and the slope in the radius, as functions of the losses and the radius."""
 
@@ -129,7 +130,6 @@ class _Weights(torch.autograd.Function):
         return weights.view_as(weights), slope
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_weights: Tensor | None, of_slope: Tensor | None):
         losses, radius, weights = ctx.saved_tensors
         if of_slope is not None and radius.requires_grad:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.errors import NotConverged, ShapeError
 from firmly.fixedpoint.equilibrium import _errors as open_errors
 from firmly.linear.gradient import Gradient
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import Slope, largest, over_entries, positive, smallest, sum_over_sample
 from firmly.segment.grid import checked_coupling, checked_scores, differences, divergence, edge_bounds
 from firmly.segment.regions import region_means, regions
@@ -170,6 +170,7 @@ def ascend(
     )
 
 
+@once_differentiable
 class _Minimiser(torch.autograd.Function):
     """(scores, bounds, tau) -> x*; its derivative is P = Z (Z' diag(tau / x) Z)^-1 Z'."""
 
@@ -182,7 +183,6 @@ class _Minimiser(torch.autograd.Function):
         return found.x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         x, dual, bounds, tau = ctx.saved_tensors
         u = projected(cotangent, x, flat_edges(x, dual, bounds, tau), tau)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from firmly.errors import SettingsError
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import over_entries, sum_over_sample
 from firmly.segment.energy import EntropicTV, Minimum, ascend
 from firmly.segment.grid import both_ends, checked_scores, differences, divergence
@@ -59,6 +59,7 @@ def loss_and_minimum(
     return _Loss.apply(wide, bounds, tau, y, valid, found).to(scores.dtype), found
 
 
+@once_differentiable
 class _Loss(torch.autograd.Function):
     """(scores, bounds) -> L, by the envelope theorem at the minimum that was found."""
 
@@ -72,7 +73,6 @@ class _Loss(torch.autograd.Function):
         return sum_over_sample(conjugate * valid) + label_energy - sum_over_sample(scores * y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         x, y, valid, bounds = ctx.saved_tensors
         of_scores = over_entries(cotangent, x) * (x - y) * valid[:, None]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from firmly.errors import ConditionError, DataError, NotConverged, ShapeError
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import over_entries, sum_over_sample
 from firmly.segment.grid import checked_weights, differences, divergence
 from firmly.segment.labels import IGNORE, targets
@@ -81,6 +81,7 @@ def laplacian(x: Tensor, weights: Tensor) -> Tensor:
     return divergence(weights[:, None] * differences(x))
 
 
+@once_differentiable
 class _Walker(torch.autograd.Function):
     """(weights, one-hot markers) -> x; with L_U u = v on the unmarked pixels, dx/dw_e gives -(D u)_e (D x)_e."""
 
@@ -92,7 +93,6 @@ class _Walker(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         weights, marked, x = ctx.saved_tensors
         u = solve_unmarked(weights, marked, cotangent * ~marked, *ctx.settings)

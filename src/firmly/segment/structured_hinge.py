@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from firmly.errors import NotConverged
 from firmly.linear.gradient import Gradient
+from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import over_entries, sum_over_sample
 from firmly.prox.simplex import onto_simplex
 from firmly.segment.grid import both_ends, checked_scores, differences, divergence, edge_bounds
@@ -87,6 +87,7 @@ def best_segmentation(
     )
 
 
+@once_differentiable
 class _Hinge(torch.autograd.Function):
     """(scores, bounds) -> the loss, with the subgradient of the x that was found."""
 
@@ -96,7 +97,6 @@ class _Hinge(torch.autograd.Function):
         return found.upper + sum_over_sample(bounds * differences(y).abs()) - sum_over_sample(scores * y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         x, y, valid, bounds = ctx.saved_tensors
         of_scores = over_entries(cotangent, x) * (x - y) * valid[:, None]
