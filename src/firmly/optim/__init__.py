@@ -3,7 +3,19 @@
 from firmly.optim import presets
 from firmly.optim.adaptation_gain import AdaptationGain, Response
 from firmly.optim.dag import Dag
+from firmly.optim.implicit_step import ImplicitStep, PredictionErrors
 from firmly.optim.nearest_gain import nearest_gain
 from firmly.optim.rate import Rate, certified_rate, verified
 
-__all__ = ["AdaptationGain", "Dag", "Rate", "Response", "certified_rate", "nearest_gain", "presets", "verified"]
+__all__ = [
+    "AdaptationGain",
+    "Dag",
+    "ImplicitStep",
+    "PredictionErrors",
+    "Rate",
+    "Response",
+    "certified_rate",
+    "nearest_gain",
+    "presets",
+    "verified",
+]
