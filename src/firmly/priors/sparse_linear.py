@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import ConditionError, DataError, NotConverged, SettingsError, ShapeError
+from firmly.once_differentiable import once_differentiable
 from firmly.priors.losses import Loss
 
 ROUNDS = 500  # of Newton's method, each with a fallback
@@ -227,6 +228,7 @@ def violation(point: Point, W: Tensor) -> Tensor:
     return torch.where(point.B == 0, inside, (point.slope + torch.where(W > 0, W, 0) * point.B.sign()).abs())
 
 
+@once_differentiable
 class Solution(torch.autograd.Function):
     """(problem, weight (p, K), start, tol) -> (p + 1, K)."""
 
@@ -238,7 +240,6 @@ class Solution(torch.autograd.Function):
         return B
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """db_S = -H_SS^-1 sgn(b_S) dw: the reduced system on the support, and on the intercept."""
         (B,), problem = ctx.saved_tensors, ctx.problem
