@@ -3,6 +3,8 @@
 from firmly.optim import presets
 from firmly.optim.adaptation_gain import AdaptationGain, Response
 from firmly.optim.dag import Dag
+from firmly.optim.events import EventPasses, LossEvent
+from firmly.optim.feedback import Feedback, Stability
 from firmly.optim.implicit_step import ImplicitStep, PredictionErrors
 from firmly.optim.nearest_gain import nearest_gain
 from firmly.optim.rate import Rate, certified_rate, verified
@@ -10,10 +12,14 @@ from firmly.optim.rate import Rate, certified_rate, verified
 __all__ = [
     "AdaptationGain",
     "Dag",
+    "EventPasses",
+    "Feedback",
     "ImplicitStep",
+    "LossEvent",
     "PredictionErrors",
     "Rate",
     "Response",
+    "Stability",
     "certified_rate",
     "nearest_gain",
     "presets",
