@@ -36,8 +36,8 @@ class BregmanSettings:
     steps: int = 500
     rates: tuple[float, ...] = (3e-3, 1e-2)
     decay: float = 1.0
-    decays: tuple[float, ...] = (0.0, 10.0)
-    seeds: int = 3
+    decays: tuple[float, ...] = (0.0,)
+    seeds: int = 5
     radius: float = 0.8
     attack_steps: int = 30
     budget_s: float = 2.0

@@ -54,7 +54,7 @@ def classifier(kind: Kind, features: int, classes: int, shape: Shape, seed: int)
     generator = torch.Generator().manual_seed(seed)
 
     def affine(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
-        linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        linear = nn.Linear(inputs, outputs)
         linear.weight.data = torch.randn(outputs, inputs, generator=generator) * scale / math.sqrt(inputs)
         linear.bias.data = torch.zeros(outputs)
         return linear

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,14 +12,13 @@ import firmly as fm
 from firmly.lab.charts import at_least, at_most, number
 from firmly.lab.experiments.bregman_data import Split, regions
 from firmly.lab.experiments.bregman_networks import KINDS, Fitted, Kind, Shape
-from firmly.lab.experiments.bregman_pictures import Band, band_picture, star_picture
-from firmly.lab.experiments.bregman_robustness import Compared
+from firmly.lab.experiments.bregman_pictures import Band, band, band_picture, radii_up_to, star_picture
+from firmly.lab.experiments.bregman_robustness import Compared, What
 from firmly.lab.flows import Interval, interval
 from firmly.lab.page import Pictures, Section, Table
 from firmly.lab.run_folder import RunFolder
 from firmly.networks import BregmaNet, OnBox, bounds_on_box
 
-What = Literal["certified", "attacked"]
 OTHERS: tuple[Kind, ...] = ("ResNet", "MLP")
 
 
@@ -28,15 +26,15 @@ OTHERS: tuple[Kind, ...] = ("ResNet", "MLP")
 
 
 def answer(gain: Interval) -> str:
-    """yes or no if the interval says so."""
+    """What the interval of a difference says."""
     if math.isinf(gain.half):
-        return "one seed says nothing"
-    return "yes" if gain.mean > gain.half else "no, less" if gain.mean < -gain.half else "not decided"
+        return "one seed, no answer"
+    return "more" if gain.mean > gain.half else "less" if gain.mean < -gain.half else "no difference"
 
 
 def headline(found: Compared) -> str:
-    said = [f"than the {kind}: {answer(found.gain(kind, 'attacked'))}" for kind in OTHERS]
-    return f"Is the BregmaNet more robust under attack? {'; '.join(said).capitalize().replace('mlp', 'MLP').replace('resnet', 'ResNet')}"
+    proved, attacked = (answer(found.gain("ResNet", what)) for what in ("certified", "attacked"))
+    return f"Is a BregmaNet more robust than a ResNet? By proofs: {proved}; under attack: {attacked}"
 
 
 def summary(found: Compared, split: Split, shape: Shape) -> str:
@@ -79,20 +77,10 @@ def shown(values: Sequence[float], digits: int = 3) -> str:
 # -- how robust ----------------------------------------------------------------------------------------------------
 
 
-def bands(found: Compared, what: What, points: int = 60) -> list[Band]:
-    """The accuracy that is left at every radius, with its 95% interval over the seeds."""
-    radii = [found.radius * k / (points - 1) for k in range(points)]
-    made = []
-    for kind in KINDS:
-        at = [
-            interval([float((getattr(r, what) > radius).double().mean()) for r in found.robust[kind]])
-            for radius in radii
-        ]
-        halves = [0.0 if math.isinf(i.half) else i.half for i in at]
-        low = [i.mean - half for i, half in zip(at, halves)]
-        high = [i.mean + half for i, half in zip(at, halves)]
-        made.append(Band(kind, radii, [i.mean for i in at], low, high))
-    return made
+def bands(found: Compared, what: What) -> list[Band]:
+    """The accuracy that is left at every radius."""
+    radii = radii_up_to(found.radius)
+    return [band(kind, radii, [r.curve(what, radii) for r in found.robust[kind]]) for kind in KINDS]
 
 
 def robustness_section(found: Compared, run: RunFolder) -> Section:
@@ -103,7 +91,7 @@ def robustness_section(found: Compared, run: RunFolder) -> Section:
     for kind in KINDS:
         robust = found.robust[kind]
         rows.append((
-            kind, shown([r.accuracy(0.0)[0] for r in robust]), shown(found.means(kind, "certified")),
+            kind, shown([r.accuracy for r in robust]), shown(found.means(kind, "certified")),
             shown(found.means(kind, "attacked")),
             None if kind == "BregmaNet" else signed(found.gain(kind, "certified")),
             None if kind == "BregmaNet" else signed(found.gain(kind, "attacked")),
@@ -120,8 +108,10 @@ def robustness_section(found: Compared, run: RunFolder) -> Section:
         f"Means over {seeds} seeds with 95% intervals (Student); radii are 0 for wrong classes and cut off at "
         f"{found.radius:g}. The learning rate was chosen on validation samples."
     )
-    pictures = Pictures([("attacked", "attacked accuracy"), ("certified", "certified accuracy")],
-                        "Accuracy that is left at every radius; bands are 95% intervals over the seeds.", 2)  # fmt: skip
+    pictures = Pictures(
+        [("attacked", "attacked accuracy"), ("certified", "certified accuracy")],
+        "Accuracy that is left at every radius; bands are 95% intervals over the seeds.", 2,
+    )  # fmt: skip
     return Section("How robust", text, (pictures, Table(columns, rows, caption, ours=(2,))))
 
 
@@ -129,32 +119,39 @@ def robustness_section(found: Compared, run: RunFolder) -> Section:
 
 
 def reasons_section(found: Compared, split: Split, run: RunFolder) -> Section:
-    blocks = [parts_table(found, split), layers_table(found.fitted["BregmaNet"][0], split)]
-    text = f"The proved radius is a margin over a constant. {reason(found, 'ResNet')} {reason(found, 'MLP')}"
+    parts = {kind: [parts_of(f.net) for f in found.fitted[kind]] for kind in KINDS}
+    blocks = [parts_table(found, parts), layers_table(found.fitted["BregmaNet"][0], split)]
+    text = (
+        "The proved radius is a margin over a constant. In dual coordinates u = ρ⁻¹(x) the BregmaNet is u+ = u + Wρ(u) "
+        "+ b, a residual network with the activation before the weights: its skip adds what is not yet activated, and "
+        f"its features end inside the range of ρ.\n\n{reason(found, 'ResNet', parts)}\n\n{reason(found, 'MLP', parts)}"
+    )
     if split.side is None:
         return Section("Why", text, blocks)
     stars = {kind: star(found.fitted[kind][0].net, split) for kind in KINDS}
     run.write("pictures/star.png", star_picture(stars))
     caption = (
-        "Certified sensitivity of all outputs to nine parts of the picture, each moved alone (first seed). "
-        "The network itself is more sensitive than the sum of squares of none of them."
+        "Certified sensitivity of all outputs to nine parts of the picture, each moved alone (first seed). The "
+        "constant of the whole is at least the longest ray and at most the root of the sum of their squares."
     )
     return Section("Why", text, (*blocks, Pictures([("star", "sensitivity to parts of the picture")], caption, 2)))
 
 
-def reason(found: Compared, kind: Kind) -> str:
+def reason(found: Compared, kind: Kind, parts: dict[Kind, list[tuple[float, float, float]]]) -> str:
     """Which factor makes the proved radii differ, in words."""
     ours, theirs = found.robust["BregmaNet"], found.robust[kind]
 
-    def ratio(values: list[float], others: list[float]) -> float:
-        return math.exp(sum(math.log(a / b) for a, b in zip(values, others)) / len(values))
+    def ratio(values: Sequence[float], others: Sequence[float]) -> float:
+        return math.exp(mean([math.log(a / b) for a, b in zip(values, others)]))
 
     margins = ratio([median(r.margins) for r in ours], [median(r.margins) for r in theirs])
     proved = ratio([r.constants.upper for r in ours], [r.constants.upper for r in theirs])
     attained = ratio([r.constants.lower for r in ours], [r.constants.lower for r in theirs])
+    first, middle, last = (ratio([p[i] for p in parts["BregmaNet"]], [p[i] for p in parts[kind]]) for i in range(3))
     return (
         f"Beside the {kind}, the median margin of the BregmaNet is {margins:.2f} times as large, its proved constant "
-        f"{proved:.2f} times, and the constant that an attack attains {attained:.2f} times."
+        f"{proved:.2f} times, and the constant that an attack attains {attained:.2f} times. Of its parts, ‖A‖ is "
+        f"{first:.2f}, the constant of the layers {middle:.2f}, and ‖C‖ {last:.2f} times as large."
     )
 
 
@@ -162,32 +159,33 @@ def median(values: torch.Tensor) -> float:
     return max(float(values.median()), 1e-12)
 
 
-def parts_table(found: Compared, split: Split) -> Table:
+def parts_of(net: nn.Sequential) -> tuple[float, float, float]:
+    """Proved constants of the map in front, of the layers and of the map behind."""
+    first, last = net[0], net[-1]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    a, c = (fm.linear.Dense(linear.weight.detach()).norm().upper for linear in (first, last))
+    return a, fm.certify(net[1], shape=(first.out_features,), budget_s=2.0).upper, c
+
+
+def parts_table(found: Compared, parts: dict[Kind, list[tuple[float, float, float]]]) -> Table:
     rows = []
     for kind in KINDS:
-        nets, robust = [f.net for f in found.fitted[kind]], found.robust[kind]
-        first, last = ([norm(net[i]) for net in nets] for i in (0, -1))
-        width = nets[0][-1].in_features
-        middle = [fm.certify(net[1], shape=(width,), budget_s=2.0).upper for net in nets]
+        robust = found.robust[kind]
         rows.append((
-            kind, mean([median(r.margins) for r in robust]), at_most(mean(first)), at_most(mean(middle)),
-            at_most(mean(last)), at_least(mean([r.constants.lower for r in robust])),
-            at_most(mean([r.constants.upper for r in robust])), at_most(mean([r.constants.product for r in robust])),
-            mean([r.steepest for r in robust]),
+            kind, mean([median(r.margins) for r in robust]), *(at_most(mean(part)) for part in zip(*parts[kind])),
+            at_least(mean([r.constants.lower for r in robust])), at_most(mean([r.constants.upper for r in robust])),
+            at_most(mean([r.constants.product for r in robust])), mean([r.steepest for r in robust]),
         ))  # fmt: skip
-    columns = ("network", "median margin", "‖A‖", "middle, proved", "‖C‖", "whole: attained", "proved", "product",
-               "steepest test sample")  # fmt: skip
-    return Table(columns, rows, "x₀ = ρ(Ax + a), the layers, then Cx + c. Means over the seeds; the whole is the map "
-                 "from a sample to all outputs.", ours=(2,))  # fmt: skip
+    columns = (
+        "network", "median margin", "‖A‖", "layers, proved", "‖C‖", "whole: attained", "proved", "product",
+        "steepest test sample",
+    )  # fmt: skip
+    caption = "x₀ = ρ(Ax + a), the layers, then Cx + c. Means over the seeds; the whole maps a sample to all outputs."
+    return Table(columns, rows, caption, ours=(2,))
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def norm(linear: nn.Module) -> float:
-    assert isinstance(linear, nn.Linear)
-    return fm.linear.Dense(linear.weight.detach()).norm().upper
 
 
 def layers_table(fitted: Fitted, split: Split) -> Table:
@@ -210,9 +208,9 @@ def layers_table(fitted: Fitted, split: Split) -> Table:
     rows.append(("attained", None, at_least(net_proved.lower), at_least(on_box.lower), None))
     columns = ("BregmaNet of the first seed", "‖W‖", "dual, anywhere", "dual, on the box", "primal, on the box")
     caption = (
-        "Bounds of single layers and their products, in dual coordinates u+ = u + Wρ(u) + b and in primal ones x = ρ(u); "
-        "the box contains all test samples. The engine bounds the layers together, as they stand in the classifier, "
-        "from u to x."
+        "Bounds of single layers and their products, in dual coordinates u+ = u + Wρ(u) + b and in primal ones, "
+        "x = ρ(u); the box contains all test samples. The engine bounds the layers together, as they stand in the "
+        "classifier, from u to x."
     )
     return Table(columns, rows, caption, ours=(len(steps) + 1,))
 
@@ -231,7 +229,7 @@ def decay_section(decays: Sequence[float], found: Sequence[Compared]) -> Section
     rows, best = [], {}
     for decay, compared in sorted(zip(decays, found), key=lambda pair: pair[0]):
         for kind in KINDS:
-            accuracy = shown([r.accuracy(0.0)[0] for r in compared.robust[kind]])
+            accuracy = shown([r.accuracy for r in compared.robust[kind]])
             certified, attacked = compared.means(kind, "certified"), compared.means(kind, "attacked")
             rows.append((number(decay), kind, accuracy, shown(certified), shown(attacked)))
             best[kind] = max(best.get(kind, 0.0), mean(attacked))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from firmly.lab.charts import Scale, number
 from firmly.lab.experiments.bregman_data import EXTENT, Samples
 from firmly.lab.experiments.bregman_robustness import certified_radii
+from firmly.lab.flows import interval
 
 Colour = tuple[int, int, int]
 COLOURS: dict[str, Colour] = {"MLP": (123, 130, 137), "ResNet": (201, 105, 47), "BregmaNet": (18, 144, 140)}
@@ -31,6 +32,18 @@ class Band(NamedTuple):
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+
+
+def radii_up_to(radius: float, points: int = 60) -> list[float]:
+    return [radius * k / (points - 1) for k in range(points)]
+
+
+def band(name: str, x: Sequence[float], curves: Sequence[Sequence[float]]) -> Band:
+    """The band of the 95% intervals over curves, one of each seed; for one seed it is the curve."""
+    at = [interval(list(values)) for values in zip(*curves)]
+    halves = [0.0 if math.isinf(i.half) else i.half for i in at]
+    low, high = ([i.mean + sign * half for i, half in zip(at, halves)] for sign in (-1, 1))
+    return Band(name, x, [i.mean for i in at], low, high)
 
 
 def band_picture(bands: Sequence[Band], x_name: str, y_name: str) -> bytes:

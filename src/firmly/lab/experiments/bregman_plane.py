@@ -50,7 +50,7 @@ class PlaneSettings(Protocol):
 def region_section(settings: PlaneSettings, run: RunFolder) -> Section:
     split = read("spirals", POINTS, POINTS, settings.seed)
     shape = Shape(settings.spiral_width, settings.depth, settings.activation)
-    budget = Budget(settings.spiral_steps, 64, settings.rates, 1.0)
+    budget = Budget(settings.spiral_steps, 64, settings.rates, 0.0)
     rows, items = [], []
     for kind in KINDS:
         net = fit(kind, split, shape, budget, settings.seed, run, "spirals").net
@@ -80,8 +80,10 @@ def folding_section(run: RunFolder) -> Section:
         norm = layer.weight().norm().upper
         try:
             proof = invertibility(layer)
-            told.append(f"With s = {s:g} the layer is proved to be a bijection: condition '{proof.condition}', margin "
-                        f"{proof.margin:.2f}, although ‖W‖ is {norm:.2f} and an i-ResNet would need it below 1.")  # fmt: skip
+            told.append(
+                f"With s = {s:g} the layer is proved to be a bijection: condition '{proof.condition}', margin "
+                f"{proof.margin:.2f}, although ‖W‖ is {norm:.2f} and an i-ResNet would need it below 1."
+            )
         except ConditionError as error:
             told.append(f"With s = {s:g} it is refused: {error}.")
         items.append((name, f"s = {s:g}: folded on {100 * grid.folded:.0f}% of the grid"))

@@ -17,6 +17,7 @@ from firmly.lab.experiments.bregman_networks import KINDS, Budget, Fitted, Kind,
 from firmly.lab.flows import Interval, interval
 from firmly.lab.run_folder import RunFolder
 
+What = Literal["certified", "attacked"]
 OUTWARD = 1e-9  # relative, for the rounding of margins and differences of weights
 BISECTIONS = 12
 
@@ -43,7 +44,9 @@ def constants(net: nn.Sequential, features: int, budget_s: float) -> Constants:
     differences = nn.utils.skip_init(nn.Linear, last.in_features, len(first), dtype=last.weight.dtype)
     differences.weight.data = last.weight.data[first] - last.weight.data[second]
     differences.bias.data = last.bias.data[first] - last.bias.data[second]
-    found = fm.certificates.rows(nn.Sequential(*net[:-1], differences), shape=(features,), budget_s=budget_s).bounds
+    found = fm.certificates.rows(
+        nn.Sequential(*list(net)[:-1], differences), shape=(features,), budget_s=budget_s
+    ).bounds
     pairs = torch.zeros(classes, classes, dtype=torch.float64)
     # a difference of two outputs is a product with a vector of norm sqrt(2)
     pairs[first, second] = torch.clamp(found, max=math.sqrt(2) * whole.upper) * (1 + OUTWARD)
@@ -131,9 +134,18 @@ class Robustness(NamedTuple):
     constants: Constants
     steepest: float  # the largest norm of a Jacobian at a test sample
 
-    def accuracy(self, radius: float) -> tuple[float, float]:
-        """Proportions of samples whose class is proved, and was not attacked, within a radius."""
-        return float((self.certified > radius).double().mean()), float((self.attacked > radius).double().mean())
+    @property
+    def accuracy(self) -> float:
+        return float((self.attacked > 0).double().mean())
+
+    def curve(self, what: What, radii: Sequence[float]) -> list[float]:
+        """The proportions of samples whose class is proved, or was not changed, within radii."""
+        found = self.certified if what == "certified" else self.attacked
+        return [float((found > radius).double().mean()) for radius in radii]
+
+    def mean(self, what: What, radius: float) -> float:
+        """The mean of radii cut off at `radius`: the area under the curve."""
+        return float((self.certified if what == "certified" else self.attacked).clamp(max=radius).mean())
 
 
 class Effort(NamedTuple):
@@ -152,8 +164,8 @@ def robustness(net: nn.Sequential, samples: Samples, effort: Effort, seed: int) 
     if bool((attacked < certified).any()):
         worst = int((attacked - certified).argmin())
         raise NotCertifiable(
-            f"an attack of norm {float(attacked[worst]):.9g} changed the class of sample {worst}, which is proved up to "
-            f"{float(certified[worst]):.9g}: please report this"
+            f"an attack of norm {float(attacked[worst]):.9g} changed the class of sample {worst}, which is proved up "
+            f"to {float(certified[worst]):.9g}: please report this"
         )
     x = samples.x.double().requires_grad_(True)
     outputs = net(x)
@@ -172,11 +184,11 @@ class Compared(NamedTuple):
     fitted: dict[Kind, list[Fitted]]
     robust: dict[Kind, list[Robustness]]
 
-    def means(self, kind: Kind, what: Literal["certified", "attacked"]) -> list[float]:
-        """The mean radius of every seed, of radii cut off at `radius`: the area under the curve of accuracies."""
-        return [float(getattr(r, what).clamp(max=self.radius).mean()) for r in self.robust[kind]]
+    def means(self, kind: Kind, what: What) -> list[float]:
+        """The mean radius of every seed."""
+        return [r.mean(what, self.radius) for r in self.robust[kind]]
 
-    def gain(self, over: Kind, what: Literal["certified", "attacked"]) -> Interval:
+    def gain(self, over: Kind, what: What) -> Interval:
         """The mean radius of BregmaNets less that of another kind, seed by seed."""
         ours, theirs = self.means("BregmaNet", what), self.means(over, what)
         return interval([a - b for a, b in zip(ours, theirs)])
