@@ -1,10 +1,23 @@
 """Training from uncertain labels: risks over ambiguity sets, label-noise models and losses."""
 
+from firmly.robust.alma_prox import AlmaProx
 from firmly.robust.ambiguity import AmbiguitySet, WorstCase
+from firmly.robust.attack_losses import margin_loss, plain_loss, segpgd_loss
+from firmly.robust.attack_metrics import RobustnessCurves, certified_iou, mean_iou, robustness_curves
+from firmly.robust.attacked_model import Adversarial, SegmentationAttack
+from firmly.robust.baselines import (
+    AnnotatorConfusion,
+    co_trained,
+    normalised_dice,
+    transition_from_anchors,
+    transition_from_clean,
+)
+from firmly.robust.dag import DAG
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
 from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
+from firmly.robust.linf_prox import linf_prox
 from firmly.robust.losses import (
     active_passive,
     backward_correction,
@@ -17,28 +30,63 @@ from firmly.robust.losses import (
     of_labels,
     symmetric_cross_entropy,
 )
+from firmly.robust.noise_models import (
+    BoundaryJitter,
+    BoundaryShift,
+    ClassConfusion,
+    Corrupted,
+    InTurn,
+    LabelNoise,
+    MergedObjects,
+    MissingObjects,
+    RegionFlips,
+    at_rate,
+)
+from firmly.robust.penalty import attack_penalty, penalty_slope
 from firmly.robust.pencil import label_logits, label_step, pencil_loss, smooth_label_step
+from firmly.robust.pgd import PGD, MinimalPGD
 from firmly.robust.precision import Precision, SpectralDouglasRachford, robust_precision
 from firmly.robust.risks import risk, worst_case
 
 __all__ = [
+    "Adversarial",
+    "AlmaProx",
     "AmbiguitySet",
+    "AnnotatorConfusion",
+    "BoundaryJitter",
+    "BoundaryShift",
     "CVaR",
     "Chi2",
+    "ClassConfusion",
+    "Corrupted",
+    "DAG",
+    "InTurn",
     "KL",
     "KLPenalty",
+    "LabelNoise",
     "LabelRisk",
     "LabelStore",
+    "MergedObjects",
+    "MinimalPGD",
+    "MissingObjects",
+    "PGD",
     "Precision",
+    "RegionFlips",
+    "RobustnessCurves",
+    "SegmentationAttack",
     "SpectralDouglasRachford",
     "TotalVariation",
     "View",
     "Wasserstein",
     "WorstCase",
     "active_passive",
+    "at_rate",
+    "attack_penalty",
     "backward_correction",
     "bi_tempered",
     "boundary_distance",
+    "certified_iou",
+    "co_trained",
     "cross_entropy",
     "early_learning",
     "forward_correction",
@@ -46,14 +94,24 @@ __all__ = [
     "label_logits",
     "label_risk",
     "label_step",
+    "linf_prox",
+    "margin_loss",
     "mean_absolute_error",
+    "mean_iou",
+    "normalised_dice",
     "of_labels",
     "ordinal_cost",
+    "penalty_slope",
     "pencil_loss",
+    "plain_loss",
     "risk",
     "robust_precision",
+    "robustness_curves",
+    "segpgd_loss",
     "smooth_label_step",
     "symmetric_cross_entropy",
+    "transition_from_anchors",
+    "transition_from_clean",
     "tree_cost",
     "worst_case",
 ]

@@ -14,6 +14,7 @@ from firmly.lab.experiments import (
     inpaint,
     meg,
     mri,
+    segment,
     sparse_coding,
     tv,
 )
@@ -34,6 +35,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     sparse_coding.STUDY,
     bilevel.STUDY,
     bregman.STUDY,
+    segment.STUDY,
 )
 
 
