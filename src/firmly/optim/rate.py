@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ def certified_rate(gain: AdaptationGain, lr: float, m: float, L: float) -> Rate:
     0 <= h <= rho^2, about the minimiser. With one multiplier the linear matrix inequality is a positive real lemma:
     with N_k = (1 - z^-1) D + k lr z^-1 C, it has a solution iff the roots of N_m lie inside the circle of radius rho
     and Re((1 - h z^-1) N_L / N_m) > 0 on it, a polynomial in cos w that is affine in h. So rho is bisected without a
-    semidefinite solver, and the storage function, from a Riccati equation, is checked by eigenvalues (`verified`).
+    semidefinite solver, and the storage function, from a Riccati equation, is checked exactly (`verified`).
     Raises `NotCertifiable` where no rho < 1 is proved. Source: Lessard, Recht, Packard, SIAM J. Optim. 2016.
     """
     if not (0 < m <= L < math.inf and 0 < lr < math.inf):
@@ -43,36 +44,49 @@ def certified_rate(gain: AdaptationGain, lr: float, m: float, L: float) -> Rate:
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (low, middle) if _weight(gain, gain_of_unit, ratio, middle) is not None else (middle, high)
-    for slack in 10.0 ** np.arange(-6, -1):
+    for slack in (*10.0 ** np.arange(-6, -1), 0.03, 0.1):
         rho = high + slack * (1 - high)
         for weight in (_weight(gain, gain_of_unit, ratio, rho), rho**2):
             P = None if weight is None else _storage(gain, gain_of_unit, ratio, rho, weight)
             if weight is None or P is None:
                 continue
             spectrum = np.linalg.eigvalsh(P)
-            rate = Rate(rho + slack * (1 - rho), weight, P, math.sqrt(abs(spectrum[-1] / spectrum[0])))
-            if verified(rate, gain, lr, m, L):
-                return rate
+            least, greatest = spectrum[0] - 1e-14 * spectrum[-1], spectrum[-1] * (1 + 1e-14)  # against rounding
+            if least > 0:
+                rate = Rate(rho + slack * (1 - rho), weight, P, math.sqrt(greatest / least) * (1 + 1e-15))
+                if verified(rate, gain, lr, m, L):
+                    return rate
     raise NotCertifiable(
         f"the rate {high:.6f} of {gain} could not be verified: its storage function is too badly conditioned"
     )
 
 
 def verified(rate: Rate, gain: AdaptationGain, lr: float, m: float, L: float) -> bool:
-    """Do the eigenvalues of P and of the matrix inequality prove this rate? No solver is asked."""
-    if not 0 <= rate.weight <= rate.rho**2 < 1:
+    """Does the storage function prove this rate for exactly these numbers? No solver is asked, and nothing is rounded.
+
+    P > 0 and the matrix inequality are decided by pivots in rational arithmetic.
+    """
+    if not 0 <= rate.weight <= Fraction(rate.rho) ** 2 < 1:
         return False
-    A, B, C = _state_space(gain, lr * L)
-    n, ratio = len(A), m / L
-    E = np.eye(n + 1, n + 2)
-    step = np.block([[A, np.zeros((n, 1)), B], [-C, np.zeros((1, 1)), np.ones((1, 1))]])
-    outputs = np.vstack([np.append(C, [rate.weight, -1.0]), np.append(-ratio * C, [0.0, 1.0])])
-    P = rate.storage
-    terms = (step.T @ P @ step, rate.rho**2 * E.T @ P @ E, outputs.T @ np.array([[0, 1], [1, 0]]) @ outputs)
-    rounding = 1e-14 * sum(np.linalg.norm(term) for term in terms)
-    inequality = terms[0] - terms[1] + terms[2]
-    spectrum = np.linalg.eigvalsh(P)
-    return bool(spectrum[0] > 1e-14 * spectrum[-1] and np.linalg.eigvalsh(inequality)[-1] < -rounding)
+    lr_of_unit, ratio = Fraction(lr) * Fraction(L), Fraction(m) / Fraction(L)
+    A, B, C = _state_space(gain, lr_of_unit)
+    n, one = len(A), np.array([[1]], dtype=object)
+    E = np.eye(n + 1, n + 2, dtype=int).astype(object)
+    step = np.block([[A, np.zeros((n, 1), dtype=int).astype(object), B], [-C, 0 * one, one]])
+    weight, P = Fraction(rate.weight), np.vectorize(Fraction, otypes=[object])(rate.storage)
+    smooth, convex = np.append(C, [weight, -1])[None], np.append(-ratio * C, [0, 1])[None]
+    decrease = Fraction(rate.rho) ** 2 * E.T @ P @ E - step.T @ P @ step - smooth.T @ convex - convex.T @ smooth
+    return bool((P == P.T).all()) and is_positive_definite(P) and is_positive_definite(decrease)
+
+
+def is_positive_definite(M: np.ndarray) -> bool:
+    """Are all pivots of this symmetric matrix of fractions positive?"""
+    M = M.copy()
+    for k in range(len(M)):
+        if not M[k, k] > 0:
+            return False
+        M[k + 1 :, k + 1 :] -= np.outer(M[k + 1 :, k], M[k, k + 1 :]) / M[k, k]
+    return True
 
 
 def _polynomials(gain: AdaptationGain, lr: float, slope: float) -> np.ndarray:
@@ -118,19 +132,19 @@ def _where_least(series: np.ndarray) -> float:
     return min([-1.0, 1.0, *inside], key=lambda x: float(chebyshev.chebval(x, series)))
 
 
-def _state_space(gain: AdaptationGain, lr: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From gradients to parameters; states are the parameters and the last one or two filtered gradients."""
-    (c1, c2), (d1, d2) = gain.zeros, gain.poles
-    A = np.array([[1, -lr * (d1 + c1), -lr * (d2 + c2)], [0, d1, d2], [0, 1, 0]])
+def _state_space(gain: AdaptationGain, lr: Fraction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From gradients to parameters, in fractions; states: the parameters, the last one or two filtered gradients."""
+    (c1, c2), (d1, d2) = (map(Fraction, pair) for pair in (gain.zeros, gain.poles))
+    A = np.array([[1, -lr * (d1 + c1), -lr * (d2 + c2)], [0, d1, d2], [0, 1, 0]], dtype=object)
     n = gain.order + 1
-    return A[:n, :n], np.array([[-lr], [1.0], [0.0]])[:n], np.array([[1.0, 0.0, 0.0]])[:, :n]
+    return A[:n, :n], np.array([[-lr], [1], [0]], dtype=object)[:n], np.array([[1, 0, 0]], dtype=object)[:, :n]
 
 
 def _storage(gain: AdaptationGain, lr: float, m: float, rho: float, h: float) -> np.ndarray | None:
     """P of the positive real lemma from u - m y to (u - y) - h (u - y) of the step before; None where none is found."""
     from scipy.linalg import LinAlgError, solve_discrete_are
 
-    A, B, C = _state_space(gain, lr)
+    A, B, C = (matrix.astype(float) for matrix in _state_space(gain, Fraction(lr)))
     n = len(A)
     inner = np.block([[A + m * B @ C, np.zeros((n, 1))], [(m - 1) * C, np.zeros((1, 1))]]) / rho
     entry = np.vstack([B, [[1.0]]]) / rho
@@ -139,4 +153,4 @@ def _storage(gain: AdaptationGain, lr: float, m: float, rho: float, h: float) ->
         P: Any = -solve_discrete_are(inner, entry, np.zeros_like(inner), np.array([[2 / rho**2]]), s=exit_)
     except (LinAlgError, ValueError):
         return None
-    return (P + P.T) / 2
+    return (P + P.T) / 2 if np.isfinite(P).all() else None
