@@ -1,7 +1,8 @@
 """Training from uncertain labels: risks over ambiguity sets, label-noise models and losses."""
 
-from firmly.robust.alma_prox import AlmaProx
+from firmly.robust.alma_prox import AlmaProx, logit_lead, logit_ratio
 from firmly.robust.ambiguity import AmbiguitySet, WorstCase
+from firmly.robust.annotators import Annotators, annotated, biased_annotators
 from firmly.robust.attack_losses import margin_loss, plain_loss, segpgd_loss
 from firmly.robust.attack_metrics import RobustnessCurves, certified_iou, mean_iou, robustness_curves
 from firmly.robust.attacked_model import Adversarial, SegmentationAttack
@@ -15,6 +16,7 @@ from firmly.robust.baselines import (
 from firmly.robust.dag import DAG
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
+from firmly.robust.label_quality import LabelErrors, image_quality, label_errors, pixel_quality
 from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
 from firmly.robust.linf_prox import linf_prox
@@ -47,12 +49,14 @@ from firmly.robust.pencil import label_logits, label_step, pencil_loss, smooth_l
 from firmly.robust.pgd import PGD, MinimalPGD
 from firmly.robust.precision import Precision, SpectralDouglasRachford, robust_precision
 from firmly.robust.risks import risk, worst_case
+from firmly.robust.staple import Staple, staple
 
 __all__ = [
     "Adversarial",
     "AlmaProx",
     "AmbiguitySet",
     "AnnotatorConfusion",
+    "Annotators",
     "BoundaryJitter",
     "BoundaryShift",
     "CVaR",
@@ -63,6 +67,7 @@ __all__ = [
     "InTurn",
     "KL",
     "KLPenalty",
+    "LabelErrors",
     "LabelNoise",
     "LabelRisk",
     "LabelStore",
@@ -75,15 +80,18 @@ __all__ = [
     "RobustnessCurves",
     "SegmentationAttack",
     "SpectralDouglasRachford",
+    "Staple",
     "TotalVariation",
     "View",
     "Wasserstein",
     "WorstCase",
     "active_passive",
+    "annotated",
     "at_rate",
     "attack_penalty",
     "backward_correction",
     "bi_tempered",
+    "biased_annotators",
     "boundary_distance",
     "certified_iou",
     "co_trained",
@@ -91,10 +99,14 @@ __all__ = [
     "early_learning",
     "forward_correction",
     "generalised_cross_entropy",
+    "image_quality",
+    "label_errors",
     "label_logits",
     "label_risk",
     "label_step",
     "linf_prox",
+    "logit_lead",
+    "logit_ratio",
     "margin_loss",
     "mean_absolute_error",
     "mean_iou",
@@ -103,12 +115,14 @@ __all__ = [
     "ordinal_cost",
     "penalty_slope",
     "pencil_loss",
+    "pixel_quality",
     "plain_loss",
     "risk",
     "robust_precision",
     "robustness_curves",
     "segpgd_loss",
     "smooth_label_step",
+    "staple",
     "symmetric_cross_entropy",
     "transition_from_anchors",
     "transition_from_clean",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +18,52 @@ DEMAND = 1e-4  # by how much the wrong class is to be ahead
 RATES = (1.02, 0.98)  # of the weight of the constraints
 WEIGHTS = (0.1, 1.0)
 MULTIPLIERS = (1e-12, 1.0)
+PENALTIES = (0.01, 1.0)  # beyond, few pixels outweigh all others, and single precision overflows
 IMPROVED = 0.95  # a constraint above this part of its last value has not improved
 LAST_STEP = 0.1  # the step decays to this part of the first
+
+
+Constraint = Callable[[Tensor, AttackedModel], Tensor]
+
+
+def logit_ratio(scores: Tensor, under: AttackedModel) -> Tensor:
+    """(z_y - max over k != y of z_k + 1e-4) / (z_(1) - z_(3)): negative where pixels are wrong by a margin.
+
+    For targets of the other sign and over z_(1) - (z_(3) + z_(4)) / 2. With too few classes for that, `logit_lead`.
+    Source: the difference of logits ratio of Croce and Hein, Reliable evaluation of adversarial robustness, ICML 2020.
+    """
+    ranks = 4 if under.attack.targeted else 3
+    if scores.shape[1] < ranks:
+        return logit_lead(scores, under)
+    top = scores.topk(ranks, dim=1).values
+    return logit_lead(scores, under) / (top[:, 0] - top[:, 2:].mean(1)).clamp(min=DEMAND)
+
+
+def logit_lead(scores: Tensor, under: AttackedModel) -> Tensor:
+    """z_y - max over k != y of z_k + 1e-4 of every pixel, of the other sign for targets."""
+    lead = under.lead(scores)
+    return (-lead if under.attack.targeted else lead) + DEMAND
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlmaProx(SegmentationAttack):
     """Minimise |delta|_inf such that c_i(delta) < 0 at the fraction `success` of the pixels, with x + delta in the box.
 
-    c_i is the difference of logits ratio of pixel i, (z_y - max over k != y of z_k + 1e-4) / (z_(1) - z_(3)) times a
-    weight of the image that adapts; with targets, of the other sign and over z_(1) - (z_(3) + z_(4)) / 2; the plain
-    difference where there are too few classes. Each of `steps` steps is one of forward-backward splitting on
+    c_i is `constraint`, times a weight of the image that adapts: `logit_ratio`, as published, or `logit_lead`, which
+    gets further where images must change a lot. Each of `steps` steps is one of forward-backward splitting on
     |delta|_inf + sum_i P(c_i), in the metric of a running mean of squared gradients, with the exact `linf_prox`;
     multipliers per pixel follow `penalty_slope`, penalties of pixels without progress double every `check` steps. The
-    constraints that fail most are dropped, as many as may fail at the end. `Adversarial.norm` is the maximum norm.
+    constraints that fail most are dropped, as many as may fail at the end. An image moves by at most about steps step:
+    take a larger `step` where the norms found are near that. `Adversarial.norm` is the maximum norm.
     Source: Rony, Pesquet and Ben Ayed, Proximal splitting adversarial attack for semantic segmentation, CVPR 2023,
-    arXiv 2206.07179, with the derivative of the penalty (not that of the released code) and the exact step.
+    arXiv 2206.07179, with the derivative of the penalty (not that of the released code), the exact step, and penalties
+    of at most 1.
     """
 
     steps: int = 500
     step: float = 1e-3
     check: int = 10
+    constraint: Constraint = logit_ratio
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +83,7 @@ class AlmaProx(SegmentationAttack):
             images = under.inside(delta)
 
             def objective(scores: Tensor, t: int = t, weight: Tensor = weight) -> Tensor:
-                values = weight * logit_ratio(scores, under)
+                values = weight * self.constraint(scores, under)
                 return constraints.penalty(values, under.reached(scores), t, t / (self.steps - 1))
 
             scores, gradient = under.with_gradient(images, objective)
@@ -86,7 +112,7 @@ class Constraints:
     def __init__(self, under: AttackedModel, check: int):
         self.under, self.check = under, check
         ones = under.images.new_ones(under.labels.shape)
-        self.mu, self.rho, self.last = ones, 0.01 * ones, torch.full_like(ones, torch.inf)
+        self.mu, self.rho, self.last = ones, PENALTIES[0] * ones, torch.full_like(ones, torch.inf)
         self.met = torch.zeros_like(under.valid)
 
     def penalty(self, values: Tensor, reached: Tensor, t: int, progress: float) -> Tensor:
@@ -95,7 +121,7 @@ class Constraints:
         self.met = self.met | reached
         if t and t % self.check == 0:
             stalled = ~self.met & (now > IMPROVED * self.last)
-            self.rho = torch.where(stalled, 2 * self.rho, self.rho)
+            self.rho = torch.where(stalled, 2 * self.rho, self.rho).clamp(max=PENALTIES[1])
             self.met = torch.zeros_like(self.met)
         if t % self.check == 0:
             self.last = now
@@ -112,15 +138,3 @@ class Constraints:
         largest = flat.topk(int(dropped.max()) + 1, dim=1).values
         limit = largest.gather(1, dropped.unsqueeze(1))
         return self.under.valid & (now <= limit.unsqueeze(2))
-
-
-def logit_ratio(scores: Tensor, under: AttackedModel) -> Tensor:
-    """The constraint of every pixel (batch, height, width), negative where the attack has what it wants by a margin."""
-    targeted = under.attack.targeted
-    lead = under.lead(scores)
-    value = (-lead if targeted else lead) + DEMAND
-    if scores.shape[1] < (4 if targeted else 3):
-        return value
-    top = scores.topk(4 if targeted else 3, dim=1).values
-    below = (top[:, 2] + top[:, 3]) / 2 if targeted else top[:, 2]
-    return value / (top[:, 0] - below).clamp(min=DEMAND)
