@@ -54,7 +54,7 @@ def region_section(settings: PlaneSettings, run: RunFolder) -> Section:
     rows, items = [], []
     for kind in KINDS:
         net = fit(kind, split, shape, budget, settings.seed, run, "spirals").net
-        known = constants(net, 2, settings.budget_s)
+        known = constants(net, settings.budget_s)
         radii = certified_radii(net, split.test, known.pairs)
         run.write(f"pictures/regions-{kind.lower()}.png", region_picture(net, known.pairs, split.test, FULL_COLOUR))
         items.append((f"regions-{kind.lower()}", kind))

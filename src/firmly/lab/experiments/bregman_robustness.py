@@ -34,24 +34,48 @@ class Constants(NamedTuple):
     pairs: Tensor
 
 
-def constants(net: nn.Sequential, features: int, budget_s: float) -> Constants:
-    """Bounds by `certify` and `certificates.rows`; the last module of the network is linear."""
-    whole = fm.certify(net, shape=(features,), budget_s=budget_s)
-    last = net[-1]
-    assert isinstance(last, nn.Linear)
-    classes = last.out_features
-    first, second = torch.triu_indices(classes, classes, 1)
-    differences = nn.utils.skip_init(nn.Linear, last.in_features, len(first), dtype=last.weight.dtype)
-    differences.weight.data = last.weight.data[first] - last.weight.data[second]
-    differences.bias.data = last.bias.data[first] - last.bias.data[second]
-    found = fm.certificates.rows(
-        nn.Sequential(*list(net)[:-1], differences), shape=(features,), budget_s=budget_s
-    ).bounds
-    pairs = torch.zeros(classes, classes, dtype=torch.float64)
+@torch.no_grad()
+def constants(net: nn.Sequential, budget_s: float) -> Constants:
+    """Bounds by `certify` and `certificates.rows`; the first and the last module of the network are linear."""
+    small, slack = with_fewer_inputs(net, budget_s)
+    first, last = small[0], small[-1]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    shape = (first.in_features,)
+    whole = fm.certify(small, shape=shape, budget_s=budget_s)
+    upper = whole.upper * (1 + OUTWARD) + slack
+    i, j = torch.triu_indices(last.out_features, last.out_features, 1)
+    differences = nn.Linear(last.in_features, len(i), dtype=last.weight.dtype)
+    differences.weight.copy_(last.weight[i] - last.weight[j])
+    differences.bias.copy_(last.bias[i] - last.bias[j])
+    found = fm.certificates.rows(nn.Sequential(*list(small)[:-1], differences), shape=shape, budget_s=budget_s).bounds
+    pairs = torch.zeros(last.out_features, last.out_features, dtype=torch.float64)
     # a difference of two outputs is a product with a vector of norm sqrt(2)
-    pairs[first, second] = torch.clamp(found, max=math.sqrt(2) * whole.upper) * (1 + OUTWARD)
+    root = math.sqrt(2) * (1 + OUTWARD)
+    pairs[i, j] = torch.clamp(found * (1 + OUTWARD) + root * slack, max=root * upper)
     product = next((b.value for b in whole.bounds if b.method == "product"), math.inf)
-    return Constants(whole.lower, whole.upper, product, pairs + pairs.mT)
+    return Constants(whole.lower * (1 - OUTWARD), upper, product, pairs + pairs.mT)
+
+
+@torch.no_grad()
+def with_fewer_inputs(net: nn.Sequential, budget_s: float) -> tuple[nn.Sequential, float]:
+    """M(R' z) for M(A x), A = R'Q' with orthonormal columns of Q: the same constants, up to a slack for rounding.
+
+    Only if A has more columns than rows; |A - R'Q'| times a bound of M is the slack.
+    """
+    first = net[0]
+    assert isinstance(first, nn.Linear)
+    A = first.weight.double()
+    if A.shape[1] <= A.shape[0]:
+        return net, 0.0
+    Q, R = torch.linalg.qr(A.mT)
+    if float((Q.mT @ Q - torch.eye(len(A), dtype=A.dtype)).norm()) > OUTWARD / 10:
+        return net, 0.0
+    small = nn.Linear(len(A), len(A), dtype=A.dtype)
+    small.weight.copy_(R.mT)
+    small.bias.copy_(first.bias)
+    rest = nn.Sequential(*list(net)[1:])
+    error = float((A - R.mT @ Q.mT).norm()) + 1e-13 * float(A.norm())
+    return nn.Sequential(small, *rest), error * fm.certify(rest, shape=(len(A),), budget_s=budget_s).upper
 
 
 @torch.no_grad()
@@ -158,7 +182,7 @@ class Effort(NamedTuple):
 
 def robustness(net: nn.Sequential, samples: Samples, effort: Effort, seed: int) -> Robustness:
     """Certified and attacked radii; an attack inside a proof is an error."""
-    known = constants(net, samples.x.shape[1], effort.budget_s)
+    known = constants(net, effort.budget_s)
     certified = certified_radii(net, samples, known.pairs)
     attacked = attacked_radii(net, samples, effort.radius * torch.arange(1, 9) / 8, effort.steps, seed)
     if bool((attacked < certified).any()):
