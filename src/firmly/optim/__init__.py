@@ -8,6 +8,7 @@ from firmly.optim.feedback import Feedback, Stability
 from firmly.optim.implicit_step import ImplicitStep, PredictionErrors
 from firmly.optim.nearest_gain import nearest_gain
 from firmly.optim.rate import Rate, certified_rate, verified
+from firmly.optim.recursive_least_squares import RecursiveLeastSquares
 
 __all__ = [
     "AdaptationGain",
@@ -18,6 +19,7 @@ __all__ = [
     "LossEvent",
     "PredictionErrors",
     "Rate",
+    "RecursiveLeastSquares",
     "Response",
     "Stability",
     "certified_rate",

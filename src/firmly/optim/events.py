@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from firmly.errors import DataError, SettingsError
+from firmly.optim.loss_value import loss_value
 
 
 class EventPasses:
@@ -33,7 +33,7 @@ class EventPasses:
 
     def done(self, loss: float | Tensor) -> bool:
         """The loss of one more completed pass: is it time for the next chunk?"""
-        value = _finite(loss)
+        value = loss_value(loss)
         if self.first_loss is None:
             if value <= 0:
                 raise DataError(f"losses are measured against the first, which has to be positive, given {value}")
@@ -75,7 +75,7 @@ class LossEvent:
 
     def happens(self, loss: float | Tensor) -> bool:
         """Compares with the mean of the losses before this one, then takes this one into it."""
-        value = _finite(loss)
+        value = loss_value(loss)
         event = self.seen == 0 or value >= self.threshold * self.mean
         self.seen += 1
         self.mean += (value - self.mean) / min(self.seen, self.memory)
@@ -94,10 +94,3 @@ def slope(values: Sequence[float]) -> float:
     """Of the least-squares line through (0, values[0]), (1, values[1]), ..."""
     middle = (len(values) - 1) / 2
     return sum((i - middle) * v for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
-
-
-def _finite(loss: float | Tensor) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise DataError(f"the loss is {value}: training diverged; nothing is decided from it")
-    return value

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from firmly.errors import ConditionError, DataError, SettingsError
+from firmly.optim.loss_value import loss_value
 
 
 class LoopModel(NamedTuple):
-    """A loss that falls by b times the rate, under the PD law: p = b K_P / L0, q = b eta0 K_D / L0, and is it stable?"""
+    """A loss that falls by b times the rate, under the PD law: p = b K_P / L0, q = b eta0 K_D / L0."""
 
     b: float
     p: float
@@ -35,18 +36,19 @@ class Stability(NamedTuple):
 class Feedback:
     """Doubles the rate until the loss rises, then makes it proportional to the loss, with a derivative term.
 
-    Call `update(loss)` after each pass over the data at hand, with its training or validation loss. With eta0 the rate
-    that the optimiser came with, L_j the loss of pass j over this chunk of data and L0 that of the very first pass, the
-    rate of pass k is
+    Call `update(loss)` after each pass over the data at hand, with its mean training or validation loss. With eta0 the
+    rate that the optimiser came with, L_j the loss of pass j over this chunk of data and L0 that of the very first
+    pass, the rate of pass k is
 
         E:   eta0 2^k, until L_{k-1} > L_{k-2} (k > 1) or eta0 2^k > `ceiling`; then K_P = eta0 2^(k-2), and it is K_P;
         PD:  K_P L_{k-1} / L0 - eta0 K_D (L_{k-1} - L_{k-2}) / L0, without the second term where that were negative;
 
     K_D is `derivative`. `restart()` begins a new chunk of data: the E phase again, which raises the rate, with L0 kept.
-    With `hold` the event-based rate: in the PD phase the rate stays as it is while the loss falls. A loss that is not
-    steadily above zero makes no sense here: `DataError`. Groups keep the ratios of their rates.
+    With `hold` the event-based rate: in the PD phase the rate stays as it is while the loss falls. Groups keep the
+    ratios of their rates.
+    Raises `DataError` for a loss that is negative, not finite, or zero in the first pass.
 
-    Source: Z. Zhao, S. Cerf, B. Robu, N. Marchand, CCTA 2019 (arXiv 1911.07710) and L-CSS 4(4), 2020 (arXiv 2003.09503).
+    Source: Z. Zhao, S. Cerf, B. Robu, N. Marchand, CCTA 2019 (arXiv 1911.07710); L-CSS 4(4), 2020 (arXiv 2003.09503).
     """
 
     def __init__(
@@ -84,12 +86,9 @@ class Feedback:
 
     def update(self, loss: float | Tensor) -> float:
         """The loss of a completed pass; sets the rate of the next one and returns it (of the first group)."""
-        value = float(loss)
-        if not (math.isfinite(value) and value >= 0):
-            raise DataError(
-                f"the loss is {value} after a pass at rate {self.rate:.3g}: it has to be finite and not negative; where "
-                "training diverged, go back to a checkpoint and lower `ceiling`"
-            )
+        value = loss_value(loss)
+        if value < 0:
+            raise DataError(f"a loss that the rate follows is not negative, given {value}")
         if self.first_loss is None:
             if value == 0:
                 raise DataError("the loss of the first pass is 0: there is nothing to control")
