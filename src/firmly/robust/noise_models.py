@@ -282,7 +282,8 @@ def signed_distance(inside: Tensor) -> Tensor:
     if bool(inside.all()):
         return torch.full(inside.shape, float(sum(inside.shape)), dtype=torch.float64)
     array = inside.numpy()
-    return torch.from_numpy(edt(array) - edt(~array))
+    distance = torch.from_numpy(edt(array) - edt(~array))
+    return distance - 0.5 * distance.sign()  # contours run between pixels
 
 
 def connected(inside: Tensor) -> tuple[Tensor, int]:
