@@ -14,6 +14,7 @@ from firmly.lab.experiments import (
     inpaint,
     meg,
     mri,
+    optim,
     segment,
     sparse_coding,
     tv,
@@ -36,6 +37,7 @@ EXPERIMENTS: tuple[Experiment | Study, ...] = (
     bilevel.STUDY,
     bregman.STUDY,
     segment.STUDY,
+    optim.STUDY,
 )
 
 

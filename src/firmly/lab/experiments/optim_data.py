@@ -1,0 +1,85 @@
+"""What optimisers are compared on: fixed data sets to classify, and streams whose law may change."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from firmly.data import cifar10, cifar100
+from firmly.lab.experiments.bregman_data import Samples, Split, read
+
+Fixed = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100"]
+Pictures = Literal["digits", "mnist", "fashion"]
+
+TURN = 180.0  # degrees, over the whole stream
+
+
+class Stream(NamedTuple):
+    """Samples in the order in which they come; the law changes at once at the `drifts`, if they are known."""
+
+    told: str
+    x: Tensor  # (time, features), float32
+    labels: Tensor  # (time,), int64
+    classes: int
+    drifts: tuple[int, ...] = ()
+
+    @property
+    def no_change(self) -> float:
+        """The accuracy of predicting the label before."""
+        return float((self.labels[1:] == self.labels[:-1]).double().mean())
+
+
+def fixed(task: Fixed, train: int, test: int, seed: int) -> Split:
+    """At most `train` samples to learn and a quarter as many to validate, apart from the test samples."""
+    if task in ("cifar10", "cifar100"):
+        load = {"cifar10": cifar10, "cifar100": cifar100}[task]
+        known, held_out = load("train"), load("test")
+        order = torch.randperm(len(known.images), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:train], order[train : train + train // 4]
+        parts = [Samples(known.images[i].float() / 255, known.labels[i]) for i in chosen]
+        parts.append(Samples(held_out.images[:test].float() / 255, held_out.labels[:test]))
+        name, classes = {"cifar10": ("CIFAR-10", 10), "cifar100": ("CIFAR-100", 100)}[task]
+        return Split(f"{name}, colour pictures of 32 × 32 pixels", *parts, classes, None)
+    return read("fashion-mnist" if task == "fashion" else task, train, test, seed)
+
+
+def rotating(pictures: Pictures, length: int, seed: int) -> Stream:
+    """Pictures that turn by 180 degrees, little by little, while the stream lasts."""
+    told, x, labels = _repeated(pictures, length, seed)
+    angle = torch.linspace(0, TURN * math.pi / 180, length)
+    zero = torch.zeros_like(angle)
+    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1).reshape(-1, 2, 3)
+    grid = functional.affine_grid(turn, list(x.shape), align_corners=False)
+    turned = functional.grid_sample(x, grid, align_corners=False)
+    return Stream(f"{told}, turned from 0 to 180 degrees", turned.flatten(1), labels, 10)
+
+
+def permuted(pictures: Pictures, length: int, tasks: int, seed: int) -> Stream:
+    """Pictures whose pixels are permuted anew at `tasks` - 1 known times; the first part is left as it is."""
+    told, x, labels = _repeated(pictures, length, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    ends = [length * k // tasks for k in range(1, tasks)]
+    first, *others = x.flatten(1).tensor_split(ends)
+    shuffled = [part[:, torch.randperm(part.shape[1], generator=generator)] for part in others]
+    told = f"{told}, with pixels in a new order at {tasks - 1} times"
+    return Stream(told, torch.cat([first, *shuffled]), labels, 10, tuple(ends))
+
+
+def _repeated(pictures: Pictures, length: int, seed: int) -> tuple[str, Tensor, Tensor]:
+    """`length` pictures (time, 1, side, side), each as often as any other but for one time, in a random order."""
+    if pictures == "digits":
+        parts = read("digits", 10**6, 10**6, seed)
+        samples = [parts.train, parts.validation, parts.test]
+        x, labels = torch.cat([s.x for s in samples]), torch.cat([s.labels for s in samples])
+        side, told = 8, parts.told
+    else:
+        split = fixed(pictures, min(length, 48_000), 1, seed)
+        (x, labels), side, told = split.train, 28, split.told
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(len(x), generator=generator) for _ in range(-(-length // len(x)))]
+    order = torch.cat(rounds)[:length]
+    return told, x[order].reshape(-1, 1, side, side), labels[order]

@@ -1,0 +1,167 @@
+"""The optimisers that are compared, each with its schedule: PyTorch's, those of packages that are installed, ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, ReduceLROnPlateau
+
+from firmly.optim import Feedback, presets
+
+PACKAGES = ("schedulefree", "prodigyopt", "dadaptation")
+PID = presets.pid(3.0, 100.0, 0.9)  # the published setting for MNIST: An et al., CVPR 2018
+TUSTIN = presets.tustin(0.9)
+POSITIVE_REAL = presets.heavy_ball(1 / 3)  # the most momentum whose filter is positive real with the integrator
+
+
+class Horizon(NamedTuple):
+    """The steps of a run, those of an epoch (of a window, on a stream), those between known drifts."""
+
+    steps: int
+    window: int
+    chunk: int | None = None
+
+
+class Schedule(NamedTuple):
+    """What is done after every step, and after every window with its mean loss."""
+
+    after_step: Callable[[], Any] = lambda: None
+    after_window: Callable[[float], Any] = lambda loss: None
+
+
+Schedules = Callable[[Optimizer, Horizon], Schedule]
+
+
+def constant(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    return Schedule()
+
+
+def cosine(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    """From the rate to 0 over the whole run, whose length is known."""
+    return Schedule(CosineAnnealingLR(optimizer, horizon.steps).step)
+
+
+def restarted(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    """A cosine from one known drift to the next."""
+    assert horizon.chunk is not None
+    return Schedule(CosineAnnealingWarmRestarts(optimizer, horizon.chunk).step)
+
+
+def plateau(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    """Half the rate after three windows in which the training loss has not fallen."""
+    return Schedule(after_window=ReduceLROnPlateau(optimizer, factor=0.5, patience=2).step)
+
+
+def feedback(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    return Schedule(after_window=Feedback(optimizer).update)
+
+
+def held(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    return Schedule(after_window=Feedback(optimizer, hold=True).update)
+
+
+class Method(NamedTuple):
+    """An optimiser with its schedule; `role` is that of its curves. `drifts`: it has to know them."""
+
+    name: str
+    make: Callable[[list[Parameter], float], Optimizer]
+    schedule: Schedules = constant
+    role: Literal["ours", "other"] = "other"
+    drifts: bool = False
+
+
+class Learner:
+    """One network in the hands of one method; counts passes."""
+
+    def __init__(self, method: Method, parameters: list[Parameter], rate: float, horizon: Horizon):
+        self.optimizer = method.make(parameters, rate)
+        self.schedule = method.schedule(self.optimizer, horizon)
+        self.averages = hasattr(self.optimizer, "eval")  # it predicts with other weights than it learns with
+        if self.averages:
+            self.optimizer.train()
+        self.forward = self.backward = 0
+
+    def learn(self, loss_of: Callable[[], Tensor]) -> float:
+        """One step on a batch; returns its loss before the step."""
+        self.optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.after_step()
+        self.forward += 1
+        self.backward += 1
+        return float(loss.detach())
+
+    @contextmanager
+    def predicting(self) -> Iterator[None]:
+        """With the weights that are meant for predictions, and without gradients."""
+        if self.averages:
+            self.optimizer.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.averages:
+                self.optimizer.train()
+
+
+def momentum(schedule: Schedules, name: str) -> Method:
+    return Method(name, lambda p, lr: SGD(p, lr, momentum=0.9), schedule)
+
+
+def methods() -> list[Method]:
+    """All that can be compared here, peers first."""
+    return [
+        Method("SGD", SGD),
+        Method("SGD, cosine", SGD, cosine),
+        Method("SGD, cosine between drifts", SGD, restarted, drifts=True),
+        momentum(constant, "momentum 0.9"),
+        momentum(cosine, "momentum 0.9, cosine"),
+        momentum(plateau, "momentum 0.9, plateau"),
+        Method("Nesterov 0.9", lambda p, lr: SGD(p, lr, momentum=0.9, nesterov=True)),
+        Method("PID (3, 100, 0.9)", PID),
+        Method("RMSprop", RMSprop),
+        Method("Adam", Adam),
+        Method("Adam, cosine", Adam, cosine),
+        Method("AdamW", AdamW),
+        Method("NAdam", NAdam),
+        *_of_packages(),
+        Method("Dag, heavy ball 1/3", POSITIVE_REAL, role="ours"),
+        Method("Dag, Tustin 0.9", TUSTIN, role="ours"),
+        Method("Feedback, SGD", SGD, feedback, "ours"),
+        Method("Feedback, held, SGD", SGD, held, "ours"),
+    ]
+
+
+def missing() -> list[str]:
+    """The packages of peers that are not installed."""
+    return [name for name in PACKAGES if _package(name) is None]
+
+
+def _of_packages() -> list[Method]:
+    found: list[Method] = []
+    if (package := _package("schedulefree")) is not None:
+        free, adam = package.SGDScheduleFree, package.AdamWScheduleFree
+        found.append(Method("schedule-free SGD", lambda p, lr: free(p, lr, momentum=0.9)))
+        found.append(Method("schedule-free AdamW", lambda p, lr: adam(p, lr)))
+    if (package := _package("prodigyopt")) is not None:
+        prodigy = package.Prodigy
+        found.append(Method("Prodigy", lambda p, lr: prodigy(p, lr)))
+    if (package := _package("dadaptation")) is not None:
+        adapted = package.DAdaptSGD
+        found.append(Method("D-Adaptation, SGD", lambda p, lr: adapted(p, lr)))
+    return found
+
+
+def _package(name: str) -> Any | None:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
