@@ -57,9 +57,10 @@ def checked(
         raise ShapeError(f"lam is a number or one for each of {len(delta)} samples, given {tuple(penalty.shape)}")
     if not bool((penalty >= 0).all() and penalty.isfinite().all()):
         raise SettingsError(f"lam is finite and not negative, given {penalty.tolist()}")
-    if not bool(delta.isfinite().all() and (weight >= 0).all() and weight.isfinite().all()):
+    extremes = torch.stack([*delta.aminmax(), *weight.aminmax()])  # NaN where there is one
+    if not bool(extremes.isfinite().all() and extremes[2] >= 0):
         raise DataError("delta and weights are finite, and weights are not negative")
-    if not bool((low is None or (low <= 0).all()) and (high is None or (high >= 0).all())):
+    if not bool((low is None or low.amax() <= 0) and (high is None or high.amin() >= 0)):
         raise DataError("the box holds 0: low <= 0 <= high")
     boxed = delta if low is None else torch.maximum(delta, low)
     boxed = boxed if high is None else torch.minimum(boxed, high)
@@ -81,20 +82,22 @@ def sorted_threshold(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor) -
 
 def bracketed_threshold(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor) -> Tensor:
     """The same t in a few passes: phi(a) > 0 >= phi(b), until no break point lies strictly between."""
-    a, b = torch.zeros_like(lam), edge.amax(1, keepdim=True)
-    columns = torch.stack([masses, pulls], 2)
-    above = torch.zeros_like(columns[:, :1])  # sums over break points that were left out because they lie at b or above
+    columns = torch.stack([masses, pulls], 1)
+    above = torch.zeros_like(
+        columns[:, :, 0]
+    )  # sums over break points that were left out because they lie at b or above
 
     def sums(active: Tensor) -> Tensor:
-        return above + active.to(columns.dtype).unsqueeze(1) @ columns
+        return above + (columns @ active.to(columns.dtype).unsqueeze(2)).squeeze(2)
 
     def phi(t: Tensor, at: Tensor) -> Tensor:
-        return at[:, 0, 1:] - t * at[:, 0, :1] - lam
+        return at[:, 1:] - t * at[:, :1] - lam
 
+    a = torch.zeros_like(lam)
     at_a = sums(edge > a)
-    b = torch.where(phi(a, at_a) > 0, b, 0)
-    for turn in itertools.count():
-        newton = (at_a[:, 0, 1:] - lam) / at_a[:, 0, :1]
+    b = torch.where(phi(a, at_a) > 0, edge.amax(1, keepdim=True), 0)
+    for turn in itertools.count(1):
+        newton = (at_a[:, 1:] - lam) / at_a[:, :1]
         inside = (edge > a) & (edge < b)
         widest = int(inside.sum(1).max())
         if widest == 0:
@@ -102,15 +105,14 @@ def bracketed_threshold(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor
         if 4 * widest < edge.shape[1]:
             above = sums(edge >= b)
             edge, columns = compacted(inside, edge, columns, widest)
-            inside = edge > a  # all that were kept; the padding is below every a
+            inside = edge > a  # all that were kept; what fills the rows up is below every a
         t = newton
-        if turn % 2:
-            middle = torch.where(inside, edge, torch.nan).nanmedian(1, keepdim=True).values
-            t = torch.where(inside.any(1, keepdim=True), middle, b)
-        moved = (t > a) & (t < b)
+        if turn % 4 == 0 or not bool(((newton > a) & (newton < b)).any()):
+            t = torch.where(inside, edge, torch.nan).nanmedian(1, keepdim=True).values
         at_t = sums(edge > t)
-        positive = phi(t, at_t) > 0
-        a, at_a = torch.where(moved & positive, t, a), torch.where((moved & positive).unsqueeze(2), at_t, at_a)
+        moved = (t > a) & (t < b)
+        positive = moved & (phi(t, at_t) > 0)
+        a, at_a = torch.where(positive, t, a), torch.where(positive, at_t, at_a)
         b = torch.where(moved & ~positive, t, b)
     raise AssertionError
 
@@ -122,6 +124,6 @@ def compacted(inside: Tensor, edge: Tensor, columns: Tensor, width: int) -> tupl
     position = torch.arange(len(rows), device=edge.device) - (counts.cumsum(0) - counts)[rows]
     fewer = edge.new_full((len(edge), width), -1.0)
     fewer[rows, position] = edge[rows, places]
-    kept = columns.new_zeros(len(edge), width, 2)
-    kept[rows, position] = columns[rows, places]
+    kept = columns.new_zeros(len(edge), 2, width)
+    kept[rows, :, position] = columns[rows, :, places]
     return fewer, kept
