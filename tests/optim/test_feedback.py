@@ -66,8 +66,8 @@ def simulated(p, q, delayed, steps=4000):
 @pytest.mark.parametrize("delayed", [False, True])
 def test_the_flag_is_that_of_the_simulated_loop(delayed):
     generator = torch.Generator().manual_seed(0)
-    p = torch.rand(20_000, generator=generator, dtype=torch.float64) * 5 - 0.5
-    q = torch.rand(20_000, generator=generator, dtype=torch.float64) * 3 - 1.5
+    p = torch.rand(3_000, generator=generator, dtype=torch.float64) * 5 - 0.5
+    q = torch.rand(3_000, generator=generator, dtype=torch.float64) * 3 - 1.5
     if delayed:
         p = p / 2
         radius = roots(torch.stack([q, p - q, -torch.ones_like(p)]))

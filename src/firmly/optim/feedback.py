@@ -110,7 +110,7 @@ class Feedback:
             if fall >= 0 and doubled <= self.ceiling:
                 return doubled
             self.proportional = doubled / 4
-            return self.proportional
+            return doubled / 4
         if self.hold and fall > 0:
             return self.rate
         proportional = self.proportional * last / self.first_loss

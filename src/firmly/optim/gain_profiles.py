@@ -122,8 +122,8 @@ class MatrixGain:
         return (phi @ self.factor) @ self.factor.mT
 
     @torch.no_grad()
-    def update(self, phi: Tensor) -> None:
-        """Takes in one regressor (n,)."""
+    def update(self, phi: Tensor, others: float = 0.0) -> None:
+        """Takes in one regressor (n,); `others` adds to phi' F phi what it is in other blocks of a block-diagonal F."""
         if phi.shape != self.factor.shape[:1]:
             raise ShapeError(f"a regressor has shape {tuple(self.factor.shape[:1])}, given {tuple(phi.shape)}")
         f = phi @ self.factor
@@ -133,8 +133,9 @@ class MatrixGain:
         keep, ratio = self.profile.weights(self.t)
         limit = self.trace() if keep is None else self.ceiling
         if size and math.isfinite(ratio):
-            total = ratio + size
-            self.factor = self.factor - torch.outer(self.factor @ f, f) / (total + math.sqrt(ratio * total))
+            total = ratio + others + size
+            scale = total + math.sqrt((ratio + others) * total)
+            self.factor = self.factor - torch.outer(self.factor @ f, f) / scale
         # forgetting may be undone, but an update is never: keep <= 1
         keep = min(1.0, max(keep or 0.0, self.trace() / limit))
         self.factor, self.t = self.factor / math.sqrt(keep), self.t + 1

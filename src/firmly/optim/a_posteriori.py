@@ -1,0 +1,155 @@
+"""The a-posteriori step for networks: a rate that shrinks by itself where the loss curves."""
+
+# pyright: reportPrivateImportUsage=false
+# The _foreach_ functions are what PyTorch's own optimisers are made of.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp
+from torch.optim import Optimizer
+
+from firmly.errors import ConditionError, DataError, SettingsError
+from firmly.optim.adaptation_gain import AdaptationGain
+from firmly.optim.dag import Dag
+
+
+class APosteriori(Optimizer):
+    """v = -f g / (1 + f kappa), through the dynamic adaptation gain H: explicit to compute, implicit in effect.
+
+    kappa is the curvature of the loss along its gradient g, so that the step is the one whose error is measured *after*
+    it, to first order in the outputs. There are two ways to it:
+
+        step(loss=loss)             kappa = |g|^2 / (2 (loss - floor)), at no cost: the loss is half the square of a
+                                    residual. f -> infinity gives Polyak's step 2 (loss - floor) / |g|^2.
+        step(curvature=kappa)       kappa = g' J' (d2 loss / d outputs2) J g / |g|^2 from `gauss_newton_curvature`, one
+                                    forward-mode pass; every few batches is often enough.
+
+    `lr` is f, and may differ between groups with `loss`. `leakage` shrinks the parameters by that fraction per step.
+    The parameters are those extrapolated by the filter, where the gradient belongs; p.grad is scaled in place.
+
+    For a linear regression, one observation at a time with the loss (y - phi' theta)^2 / 2, both are `ImplicitStep`:
+    stable for every f > 0 if `gain.pr()`. For a network that is the idea and no theorem. Raises `SettingsError`,
+    `DataError` for a loss below `floor`, `ConditionError` where a step gets neither a loss nor a curvature.
+    Source: Landau, Airimitoaie, Vau, Buche, arXiv 2404.12672 (regression); for networks derived in the docs.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        gain: AdaptationGain | None = None,
+        leakage: float = 0.0,
+        floor: float = 0.0,
+    ):
+        gain = AdaptationGain() if gain is None else gain
+        if not 0 <= leakage < 1:
+            raise SettingsError(f"a leakage lies in [0, 1), given {leakage!r}")
+        if not math.isfinite(floor):
+            raise SettingsError(f"floor, the least loss possible, is finite, given {floor!r}")
+        (c1, c2), (d1, d2) = gain.zeros, gain.poles
+        # the path of the extrapolated parameters is that of Dag with these coefficients
+        first = 1 - leakage + d1 + c1
+        if not first > 0:
+            raise SettingsError(f"extrapolation needs 1 - leakage + d1 + c1 > 0, given {gain} and leakage {leakage}")
+        self.floor = floor
+        self._filter: Dag | None = None
+        super().__init__(params, {"lr": lr})
+        self._filter = Dag(
+            [{"params": group["params"]} for group in self.param_groups],
+            lr=first,
+            zeros=((d2 + c2 - (1 - leakage) * d1) / first, -(1 - leakage) * d2 / first),
+            poles=gain.poles,
+            weight_decay=leakage / first,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group with its own `lr`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not (math.isfinite(group["lr"]) and group["lr"] > 0):
+            raise SettingsError(f"lr is positive and finite, given {group['lr']!r}")
+        if self._filter is not None:
+            self._filter.add_param_group({"params": group["params"]})
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: float | Tensor | None = None,
+        curvature: float | Tensor | None = None,
+    ) -> Any:
+        """One step with the gradients in p.grad; `closure` computes them and the loss. Returns the loss."""
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        assert self._filter is not None
+        groups = [(group["lr"], [p.grad for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        if curvature is not None:
+            if len({float(rate) for rate, _ in groups}) > 1:
+                raise ConditionError("a curvature belongs to one direction: the groups need the same lr")
+            growth = groups[0][0] * torch.as_tensor(curvature).clamp(min=0)
+        elif loss is not None:
+            excess = torch.as_tensor(loss).detach() - self.floor
+            if not bool(excess >= 0):
+                raise DataError(f"the loss is {float(excess) + self.floor}, and floor, its least value, {self.floor}")
+            energy = torch.stack([rate * squared_norm(gradients).to(excess) for rate, gradients in groups]).sum()
+            growth = torch.where(energy > 0, energy / (2 * excess), 0.0)
+        else:
+            raise ConditionError("an a-posteriori step needs step(loss=...), step(curvature=...) or a closure")
+        for rate, gradients in groups:
+            for g in gradients:
+                g.mul_((rate / (1 + growth)).to(g))
+        self._filter.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of every optimiser, with the memory of the filter."""
+        assert self._filter is not None
+        return {**super().state_dict(), "filter": self._filter.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        assert self._filter is not None
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "filter"})
+        self._filter.load_state_dict(state_dict["filter"])
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all entries together, in float32 or better."""
+    tensors = list(tensors)
+    if not tensors:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm([t.float() if t.itemsize < 4 else t for t in tensors]).square()
+
+
+@torch.no_grad()
+def gauss_newton_curvature(model: nn.Module, inputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
+    """g' J' H J g / |g|^2 with g in p.grad, J the derivative of the outputs, H the Hessian of `criterion(outputs)`.
+
+    One pass in forward mode through the model (about twice the cost of a plain forward pass) and one of the criterion.
+    The model's buffers are left alone; dropout draws a new mask. Not negative where the criterion is convex, as the
+    usual losses are. Zero where all gradients are. Raises `ConditionError` where there are none.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    if not found:
+        raise ConditionError("no parameter has a gradient: call backward first")
+    kept = {name: b.clone() for name, b in model.named_buffers()}
+    kept |= {name: p.detach() for name, p in model.named_parameters() if name not in found}
+
+    with forward_ad.dual_level():
+        moving = {name: forward_ad.make_dual(p.detach(), p.grad) for name, p in found.items()}
+        # not functorch's jvp: it refuses batch normalisation, which counts its batches in place
+        z, change, *_ = forward_ad.unpack_dual(functional_call(model, {**kept, **moving}, (inputs,)))
+    if change is None:
+        raise ConditionError("the outputs do not depend on the parameters that have gradients")
+    _, bent = jvp(grad(criterion), (z,), (change,))
+    norm = squared_norm(p.grad for p in found.values() if p.grad is not None)
+    return torch.where(norm > 0, (change * bent).sum() / norm, 0.0)
