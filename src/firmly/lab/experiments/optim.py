@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 from firmly.lab.experiments import optim_page as page
 from firmly.lab.experiments.bregman_data import Split
-from firmly.lab.experiments.optim_data import Fixed, Pictures, Stream, fixed, permuted, rotating
+from firmly.lab.experiments.optim_data import Fixed, Pictures, Stream, electricity, fixed, permuted, rotating
 from firmly.lab.experiments.optim_gains import equal_gain_section, proof_section
+from firmly.lab.experiments.optim_linear import linear_section
 from firmly.lab.experiments.optim_methods import methods, missing
 from firmly.lab.experiments.optim_runs import Compared, Kept, Size, compare
 from firmly.lab.flows import STUDENT
@@ -18,8 +19,10 @@ from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import require
 from firmly.lab.study import Listener, Study
 
-Task = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100", "rotating", "permuted", "stream"]
-STREAMS: tuple[Task, ...] = ("rotating", "permuted")
+Task = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100", "rotating", "permuted", "elec2",
+    "stream",
+]  # fmt: skip
+STREAMS: tuple[Task, ...] = ("rotating", "permuted", "elec2")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def read(task: Task, settings: OptimSettings) -> Split | Stream:
         return rotating(settings.pictures, settings.length, settings.seed)
     if task == "permuted":
         return permuted(settings.pictures, settings.length, settings.parts, settings.seed)
+    if task == "elec2":
+        return electricity(settings.length, settings.first)
     assert task in get_args(Fixed)
     return fixed(task, settings.train, settings.test, settings.seed)
 
@@ -112,6 +117,8 @@ def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Pag
     sections.append(
         equal_gain_section(first, data[first], found[first], settings.published, seeds[1:], size, kept[first])
     )
+    if isinstance(stream := data.get("elec2"), Stream):
+        sections.append(linear_section(stream, listen))
     sections += [proof_section(), page.lost_section(found, shared)]
     return Page(page.headline(found), summary(settings, missing()), tuple(sections), page.facts(found))
 

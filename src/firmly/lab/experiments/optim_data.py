@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from firmly.data import cifar10, cifar100
+from firmly.data import cifar10, cifar100, elec2
 from firmly.lab.experiments.bregman_data import Samples, Split, read
 
 Fixed = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100"]
@@ -67,6 +67,13 @@ def permuted(pictures: Pictures, length: int, tasks: int, seed: int) -> Stream:
     shuffled = [part[:, torch.randperm(part.shape[1], generator=generator)] for part in others]
     told = f"{told}, with pixels in a new order at {tasks - 1} times"
     return Stream(told, torch.cat([first, *shuffled]), labels, 10, tuple(ends))
+
+
+def electricity(length: int, first: float) -> Stream:
+    """The first `length` rows of Elec2; features are standardised by what the `first` part of them shows."""
+    x, labels = (part[:length] for part in elec2())
+    known = x[: max(2, int(first * len(x)))]
+    return Stream("Elec2, prices of electricity", (x - known.mean(0)) / known.std(0).clamp(min=1e-3), labels, 2)
 
 
 def _repeated(pictures: Pictures, length: int, seed: int) -> tuple[str, Tensor, Tensor]:

@@ -90,9 +90,10 @@ def proof_section() -> Section:
     text = (
         "What is proved is about the filter between gradients and updates. SPR margin > 0: slow adaptation is stable, "
         "by averaging. PR margin ≥ 0: the a-posteriori step of a linear regression is stable at every rate. The last "
-        "two columns are rates below which explicit steps are stable: for gradients with slopes in [0, L] that change as "
-        "they like, and on one fixed quadratic. A network’s loss is neither convex nor of known smoothness: no number "
-        "here bounds a rate for the networks above, and of Adam, RMSprop, Feedback and the packages nothing is proved."
+        "two columns are rates below which explicit steps are stable: for gradients with slopes in [0, L] that change "
+        "as they like, and on one fixed quadratic. A network’s loss is neither convex nor of known smoothness: no "
+        "number here bounds a rate for the networks above, and of Adam, RMSprop, Feedback and the packages nothing is "
+        "proved."
     )
     return Section("What is proved", text, (Table(columns, rows, ours=(4, 5)),))
 
