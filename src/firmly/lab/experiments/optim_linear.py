@@ -102,8 +102,8 @@ def linear_section(stream: Stream, listen: Listener) -> Section:
     text = (
         f"{len(phi)} rows, six features standardised as they come, one bias; each row is predicted, then learnt from. "
         "Nothing is chosen: every rate is shown. Stable is meant for regression without noise: the sum of squared "
-        "errors after the steps is bounded, whatever the regressors do. It is no statement about accuracy. Repeating the "
-        f"last label reaches {100 * stream.no_change:.1f}%, and high rates come near to doing just that."
+        "errors after the steps is bounded, whatever the regressors do. It is no statement about accuracy. Repeating "
+        f"the last label reaches {100 * stream.no_change:.1f}%, and high rates come near to doing just that."
     )
     return Section("A linear model, sample by sample", text, (chart, Table(columns, rows, ours=(0, 1, 2))))
 
