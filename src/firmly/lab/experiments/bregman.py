@@ -40,7 +40,7 @@ class BregmanSettings:
     seeds: int = 5
     radius: float = 0.8
     attack_steps: int = 30
-    budget_s: float = 2.0
+    budget_s: float = 5.0
     spiral_width: int = 16
     spiral_steps: int = 1500
     flow_steps: int = 600
@@ -90,7 +90,7 @@ def run(settings: BregmanSettings, run_folder: RunFolder, listen: Listener) -> P
 
 DEFAULT = BregmanSettings()
 SMOKE = BregmanSettings(
-    train=200, test=40, width=8, depth=2, steps=40, rates=(1e-2,), decays=(), seeds=1, attack_steps=5, spiral_width=8,
+    train=200, test=40, width=8, depth=2, steps=40, rates=(1e-2,), decays=(), seeds=1, attack_steps=5, budget_s=1.0, spiral_width=8,
     spiral_steps=60, flow_steps=20,
 )  # fmt: skip
 FULL = BregmanSettings("mnist", 20_000, 2000, 64, steps=3000, seeds=5, radius=1.5, budget_s=10.0, flow_steps=1500)

@@ -55,8 +55,8 @@ def sentence(found: Compared, what: What) -> str:
     for kind in OTHERS:
         gain = found.gain(kind, what)
         parts.append(f"{interval(found.means(kind, what)).mean:.3f} for the {kind} (difference {signed(gain)})")
-    verb = "proved to need" if what == "certified" else "found by attacks to take"
-    return f"To change the class is {verb} a move of {ours:.3f} on average for the BregmaNet, {', '.join(parts)}."
+    said = "By proofs no move changes the class below" if what == "certified" else "Attacks change it with a move of"
+    return f"{said} {ours:.3f} on average for the BregmaNet, {', '.join(parts)}."
 
 
 def facts(found: Compared) -> dict[str, float | str]:

@@ -47,18 +47,20 @@ def band(name: str, x: Sequence[float], curves: Sequence[Sequence[float]]) -> Ba
 
 
 def band_picture(bands: Sequence[Band], x_name: str, y_name: str) -> bytes:
-    """A PNG of proportions in [0, 1] over x, each with its band; names are those of `COLOURS`."""
+    """A PNG of proportions in [0, 1] over x, each with its band, as far as one is above 0; names are of `COLOURS`."""
+    end = 2 + max((k for b in bands for k, value in enumerate(b.high) if value > 0), default=len(bands[0].x))
+    bands = [Band(b.name, *(values[:end] for values in b[1:])) for b in bands]
     picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), WHITE)
     pen = ImageDraw.Draw(picture, "RGBA")
     across = Scale(min(bands[0].x), max(bands[0].x), 46 * SCALE, (WIDTH - 14) * SCALE)
-    up = Scale(0.0, 1.0, (HEIGHT - 44) * SCALE, 46 * SCALE)
+    up = Scale(0.0, 1.0, (HEIGHT - 44) * SCALE, 50 * SCALE)
     for tick in up.ticks(5):
         pen.line([(across.start, up(tick)), (across.end, up(tick))], GRID, SCALE)
         write(pen, across.start - 6 * SCALE, up(tick), number(tick), "rm")
     for tick in across.ticks(5):
         write(pen, across(tick), up.start + 6 * SCALE, number(tick), "ma")
     write(pen, across.end, (HEIGHT - 4) * SCALE, x_name, "rs")
-    write(pen, 4 * SCALE, 32 * SCALE, y_name, "ls")
+    write(pen, 4 * SCALE, 38 * SCALE, y_name, "ls")
     for band in bands:
         edge = [*zip(band.x, band.high), *reversed(list(zip(band.x, band.low)))]
         pen.polygon([(across(a), up(min(max(b, 0.0), 1.0))) for a, b in edge], (*COLOURS[band.name], 48))
@@ -74,7 +76,7 @@ def star_picture(values: Mapping[str, Mapping[str, float]]) -> bytes:
     top = max(max(rays.values()) for rays in values.values())
     picture = Image.new("RGB", (WIDTH * SCALE, WIDTH * SCALE), WHITE)
     pen = ImageDraw.Draw(picture, "RGBA")
-    centre, radius = (WIDTH / 2 * SCALE, (WIDTH / 2 + 12) * SCALE), (WIDTH / 2 - 84) * SCALE
+    centre, radius = (WIDTH / 2 * SCALE, (WIDTH / 2 + 12) * SCALE), (WIDTH / 2 - 104) * SCALE
 
     def place(k: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * k / len(groups) - math.pi / 2
@@ -89,7 +91,7 @@ def star_picture(values: Mapping[str, Mapping[str, float]]) -> bytes:
         x, y = place(k, 1.08 * top)
         anchor = "m" if abs(x - centre[0]) < 0.2 * radius else "l" if x > centre[0] else "r"
         write(pen, x, y, group, f"{anchor}m")
-    write(pen, *place(0, top), f"  {number(top)}", "lm")
+    write(pen, centre[0] + 4 * SCALE, centre[1] - radius + 10 * SCALE, number(top), "lm")
     for name, rays in values.items():
         ring = [place(k, rays[group]) for k, group in enumerate(groups)]
         pen.polygon(ring, (*COLOURS[name], 40))

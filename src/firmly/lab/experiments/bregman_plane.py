@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from firmly.errors import ConditionError
+from firmly.lab.charts import at_least, at_most
 from firmly.lab.experiments.bregman_data import read
 from firmly.lab.experiments.bregman_networks import KINDS, Activation, Budget, Shape, accuracy, fit
 from firmly.lab.experiments.bregman_pictures import region_picture
@@ -58,7 +59,8 @@ def region_section(settings: PlaneSettings, run: RunFolder) -> Section:
         radii = certified_radii(net, split.test, known.pairs)
         run.write(f"pictures/regions-{kind.lower()}.png", region_picture(net, known.pairs, split.test, FULL_COLOUR))
         items.append((f"regions-{kind.lower()}", kind))
-        rows.append((kind, accuracy(net, split.test), known.lower, known.upper, known.product, float(radii.mean())))
+        bounds = (at_least(known.lower), at_most(known.upper), at_most(known.product))
+        rows.append((kind, accuracy(net, split.test), *bounds, at_least(float(radii.mean()))))
     columns = ("network", "accuracy", "constant: attained", "proved", "product", "mean radius, proved")
     caption = (
         "Where the networks of one seed decide for which class: pale near the border, full where a move of "
