@@ -18,6 +18,7 @@ from firmly.fixedpoint.manifold import ManifoldSolver, prior_of
 from firmly.fixedpoint.solve import refuse_bad
 from firmly.fixedpoint.solvers import Picard, Solver
 from firmly.fixedpoint.state import wants_derivative
+from firmly.replaced_tensors import call_with
 
 
 class ImplicitLayer(nn.Module):
@@ -49,7 +50,7 @@ class ImplicitLayer(nn.Module):
         names = list(tensors)
 
         def T(state: Any, data: Tensor, *values: Tensor) -> Any:
-            return torch.func.functional_call(Undamped(algorithm), prefixed(dict(zip(names, values))), (state, data))
+            return call_with(Undamped(algorithm), prefixed(dict(zip(names, values))), (state, data))
 
         with torch.no_grad():
             first = algorithm.start(y, start)

@@ -30,6 +30,7 @@ from firmly.errors import SettingsError
 from firmly.fixedpoint.state import norms
 from firmly.prox.manifold import Manifold
 from firmly.prox.prior import Prior, Zero
+from firmly.replaced_tensors import call_with
 
 DENSE = 128  # entries of an image whose system is written out ...
 ENTRIES = 2**20  # ... if all systems of a batch have at most so many
@@ -65,11 +66,11 @@ class ManifoldSolver:
         tensors = dict(zip(self.names, parameters[1:], strict=True))
 
         def descend(z: Tensor) -> Tensor:
-            return torch.func.functional_call(self.smooth, tensors, (z, data))
+            return call_with(self.smooth, tensors, (z, data))
 
         linear = torch.func.vjp(descend, image)
         slope, pull = linear[0], linear[1]
-        t, manifold = torch.func.functional_call(self.tangent, tensors, (image, slope))
+        t, manifold = call_with(self.tangent, tensors, (image, slope))
         flat = Flat(manifold, lambda z: pull(z)[0], t, self.shape)
         first, copies = v[:, :count], v[:, count:].reshape(len(v), -1, count)  # the map keeps its argument there
         if transposed:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import has_torch_function
 
 from firmly.algorithms.equilibrium import PeacemanRachford
@@ -24,6 +23,7 @@ from firmly.linear.monotone import Monotone
 from firmly.networks.bregman_invertible import Residual, invertibility, residual_of
 from firmly.networks.bregman_scaling import Rescaled
 from firmly.prox.prior import Prior, Slope
+from firmly.replaced_tensors import call_with
 
 SMALL = 256  # entries up to which Jacobians are matrices
 HALVINGS = 40
@@ -82,7 +82,7 @@ def solved(residual: Residual, v: Tensor, max_iterations: int) -> Tensor:
         return {f"of.{name}": tensor for name, tensor in zip(names, parameters)}
 
     def T(x: Tensor, right: Tensor, *parameters: Tensor) -> Tensor:
-        moved = functional_call(Part(residual, "value"), bound(parameters), (x.reshape(-1, *shape[1:]),))
+        moved = call_with(Part(residual, "value"), bound(parameters), (x.reshape(-1, *shape[1:]),))
         return right - moved.flatten(1)
 
     def find(start: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -90,7 +90,7 @@ def solved(residual: Residual, v: Tensor, max_iterations: int) -> Tensor:
 
     def linear(transposed: bool, x: Tensor, right: Tensor, parameters: tuple[Tensor, ...], tol: float) -> Tensor:
         u = x.reshape(-1, *shape[1:])
-        J = functional_call(Part(residual, "jacobian"), bound(parameters[1:]), (u,))
+        J = call_with(Part(residual, "jacobian"), bound(parameters[1:]), (u,))
         return torch.linalg.solve(J.mT if transposed else J, right[:, :, None])[:, :, 0]
 
     adjoint = Implicit(linear if math.prod(shape[1:]) <= SMALL else "gmres")

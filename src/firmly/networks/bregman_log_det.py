@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from firmly.errors import ConditionError, NotConverged, NotDiagonal, SettingsError
 from firmly.fixedpoint.gmres import gmres
@@ -18,6 +17,7 @@ from firmly.linear.map import LinearMap
 from firmly.networks.bregman_invertible import Residual, invertibility, residual_of
 from firmly.networks.bregman_weights import Triangular
 from firmly.once_differentiable import once_differentiable
+from firmly.replaced_tensors import call_with
 
 LARGEST_MATRIX = 1024  # rows of determinants that are factorised
 
@@ -165,7 +165,7 @@ class FirstOrder(torch.autograd.Function):
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             weights = {f"of.{name}": tensor for name, tensor in zip(ctx.names, inputs[1:])}
-            output = functional_call(ctx.probes, weights, (inputs[0], *ctx.fixed))
+            output = call_with(ctx.probes, weights, (inputs[0], *ctx.fixed))
         found = torch.autograd.grad(output, inputs, gradients[0], allow_unused=True)
         return None, None, None, None, *found
 
