@@ -147,6 +147,10 @@ def test_bad_labels_are_refused():
         fenchel_young(s, torch.ones(1, 4, 4), layer)
     with pytest.raises(DataError, match="sum to 1"):
         fenchel_young(s, torch.ones(1, 3, 4, 4), layer)
+    learned = torch.full((1, 3, 4, 4), 1 / 3, requires_grad=True)
+    for loss in (lambda: fenchel_young(s, learned, layer), lambda: structured_hinge(s, learned)):
+        with pytest.raises(DataError, match="detach"):
+            loss()
     with pytest.raises(SettingsError, match="temperature"):
         fenchel_young(s, some_labels(1, 4, 4, classes=3), EntropicTV(0.1, torch.ones((), requires_grad=True)))
     with pytest.raises(NotConverged, match="best segmentation"):

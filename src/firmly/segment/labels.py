@@ -23,9 +23,12 @@ def targets(labels: Tensor, scores: Tensor, ignore: int = IGNORE) -> Targets:
     """Targets for scores (batch, classes, *spatial) from class numbers (batch, *spatial), `ignore` where unknown, or
     from distributions of the shape of the scores, all zero where unknown.
 
-    Raises `ShapeError` and `DataError`: shapes, classes that do not exist, distributions that do not sum to 1.
+    Raises `ShapeError` and `DataError`: shapes, classes that do not exist, distributions that do not sum to 1 or that
+    require a gradient, which none of the losses has.
     """
     classes = scores.shape[1]
+    if labels.requires_grad:
+        raise DataError("no gradient goes through label distributions: detach them")
     if labels.is_floating_point():
         if labels.shape != scores.shape:
             raise ShapeError(f"label distributions have the shape of the scores, {tuple(scores.shape)}; "
