@@ -69,7 +69,7 @@ def verified(rate: Rate, gain: AdaptationGain, lr: float, m: float, L: float) ->
     if not 0 <= rate.weight <= Fraction(rate.rho) ** 2 < 1:
         return False
     lr_of_unit, ratio = Fraction(lr) * Fraction(L), Fraction(m) / Fraction(L)
-    A, B, C = _state_space(gain, lr_of_unit)
+    A, B, C = state_space(gain, lr_of_unit)
     n, one = len(A), np.array([[1]], dtype=object)
     E = np.eye(n + 1, n + 2, dtype=int).astype(object)
     step = np.block([[A, np.zeros((n, 1), dtype=int).astype(object), B], [-C, 0 * one, one]])
@@ -132,7 +132,7 @@ def _where_least(series: np.ndarray) -> float:
     return min([-1.0, 1.0, *inside], key=lambda x: float(chebyshev.chebval(x, series)))
 
 
-def _state_space(gain: AdaptationGain, lr: Fraction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def state_space(gain: AdaptationGain, lr: Fraction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From gradients to parameters, in fractions; states: the parameters, the last one or two filtered gradients."""
     (c1, c2), (d1, d2) = (map(Fraction, pair) for pair in (gain.zeros, gain.poles))
     A = np.array([[1, -lr * (d1 + c1), -lr * (d2 + c2)], [0, d1, d2], [0, 1, 0]], dtype=object)
@@ -144,7 +144,7 @@ def _storage(gain: AdaptationGain, lr: float, m: float, rho: float, h: float) ->
     """P of the positive real lemma from u - m y to (u - y) - h (u - y) of the step before; None where none is found."""
     from scipy.linalg import LinAlgError, solve_discrete_are
 
-    A, B, C = (matrix.astype(float) for matrix in _state_space(gain, Fraction(lr)))
+    A, B, C = (matrix.astype(float) for matrix in state_space(gain, Fraction(lr)))
     n = len(A)
     inner = np.block([[A + m * B @ C, np.zeros((n, 1))], [(m - 1) * C, np.zeros((1, 1))]]) / rho
     entry = np.vstack([B, [[1.0]]]) / rho
