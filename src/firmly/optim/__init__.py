@@ -8,6 +8,7 @@ from firmly.optim.dag import Dag
 from firmly.optim.events import EventPasses, LossEvent
 from firmly.optim.feedback import Feedback, Stability
 from firmly.optim.implicit_step import ImplicitStep, PredictionErrors
+from firmly.optim.lyapunov import LyapunovMonitor, StabilityWarning
 from firmly.optim.nearest_gain import nearest_gain
 from firmly.optim.rate import Rate, certified_rate, verified
 from firmly.optim.recursive_least_squares import RecursiveLeastSquares
@@ -21,11 +22,13 @@ __all__ = [
     "Feedback",
     "ImplicitStep",
     "LossEvent",
+    "LyapunovMonitor",
     "PredictionErrors",
     "Rate",
     "RecursiveLeastSquares",
     "Response",
     "Stability",
+    "StabilityWarning",
     "certified_rate",
     "nearest_gain",
     "presets",
