@@ -8,21 +8,27 @@ from firmly.optim.dag import Dag
 from firmly.optim.events import EventPasses, LossEvent
 from firmly.optim.feedback import Feedback, Stability
 from firmly.optim.implicit_step import ImplicitStep, PredictionErrors
+from firmly.optim.layer_rls import LayerRls
+from firmly.optim.line_search import ArmijoSearch
 from firmly.optim.lyapunov import LyapunovMonitor, StabilityWarning
 from firmly.optim.nearest_gain import nearest_gain
+from firmly.optim.polyak import PolyakStep
 from firmly.optim.rate import Rate, certified_rate, verified
 from firmly.optim.recursive_least_squares import RecursiveLeastSquares
 
 __all__ = [
     "APosteriori",
     "AdaptationGain",
+    "ArmijoSearch",
     "BlockKalman",
     "Dag",
     "EventPasses",
     "Feedback",
     "ImplicitStep",
+    "LayerRls",
     "LossEvent",
     "LyapunovMonitor",
+    "PolyakStep",
     "PredictionErrors",
     "Rate",
     "RecursiveLeastSquares",

@@ -147,9 +147,9 @@ def gauss_newton_curvature(model: nn.Module, inputs: Tensor, criterion: Callable
     with forward_ad.dual_level():
         moving = {name: forward_ad.make_dual(p.detach(), p.grad) for name, p in found.items()}
         # not functorch's jvp: it refuses batch normalisation, which counts its batches in place
-        z, change, *_ = forward_ad.unpack_dual(functional_call(model, {**kept, **moving}, (inputs,)))
+        z, change = forward_ad.unpack_dual(functional_call(model, {**kept, **moving}, (inputs,)))
     if change is None:
         raise ConditionError("the outputs do not depend on the parameters that have gradients")
-    _, bent = jvp(grad(criterion), (z,), (change,))
+    bent = jvp(grad(criterion), (z,), (change,))[1]
     norm = squared_norm(p.grad for p in found.values() if p.grad is not None)
     return torch.where(norm > 0, (change * bent).sum() / norm, 0.0)
