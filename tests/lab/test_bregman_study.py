@@ -40,7 +40,7 @@ def test_networks_are_their_formulas(activation, generator):
         net = classifier(kind, 4, 3, shape, 0).double()
         sizes.add(sum(p.numel() for p in net.parameters()))
         x = rho(net[0](data))
-        for layer in net[1].layers if kind == "BregmaNet" else list(net[1])[1:]:
+        for layer in list(net[1].children())[-1].children() if kind == "BregmaNet" else list(net[1].children())[1:]:
             W = layer.linear.weight
             z = x @ W.mT + (layer.bias if kind == "BregmaNet" else layer.linear.bias)
             x = rho(z) if kind == "MLP" else x + rho(z) if kind == "ResNet" else rho(rho.inverse(x) + z)
@@ -192,8 +192,9 @@ def test_pictures(generator):
         p.data = value.double()
     none = Samples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     picture = Image.open(io.BytesIO(region_picture(net, torch.full((2, 2), 2.0), none, 0.1))).convert("RGB")
-    right, left = picture.getpixel((400, 200)), picture.getpixel((60, 200))
-    assert right[2] > right[0] and left[0] > left[2], (CLASSES, right, left)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(460, 460, 3).int()
+    right, left = pixels[200, 400], pixels[200, 60]
+    assert right[2] > right[0] and left[0] > left[2], CLASSES
 
 
 def test_answers():

@@ -23,8 +23,8 @@ class BregmanSettings:
     which goes through `decays`.
 
     Attacks take `attack_steps` on every ball, up to `radius` in the Euclidean norm of pixels in [0, 1], on `test`
-    samples; `budget_s` is for one certificate. The networks of the spirals have `spiral_width` units, flows take
-    `flow_steps` batches.
+    samples; `budget_s` is for one certificate. The networks of the spirals have `spiral_width` units and take
+    `spiral_steps` batches, flows take `flow_steps`.
     """
 
     data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
@@ -90,8 +90,8 @@ def run(settings: BregmanSettings, run_folder: RunFolder, listen: Listener) -> P
 
 DEFAULT = BregmanSettings()
 SMOKE = BregmanSettings(
-    train=200, test=40, width=8, depth=2, steps=40, rates=(1e-2,), decays=(), seeds=1, attack_steps=5, budget_s=1.0, spiral_width=8,
-    spiral_steps=60, flow_steps=20,
+    train=200, test=40, width=8, depth=2, steps=40, rates=(1e-2,), decays=(), seeds=1, attack_steps=5, budget_s=1.0,
+    spiral_width=8, spiral_steps=60, flow_steps=20,
 )  # fmt: skip
 FULL = BregmanSettings("mnist", 20_000, 2000, 64, steps=3000, seeds=5, radius=1.5, budget_s=10.0, flow_steps=1500)
 STUDY = Study(
