@@ -71,7 +71,7 @@ def test_it_finds_annotators_and_truth():
 
 
 def test_void_is_nobody():
-    truth, said, _ = simulated((10, 12))
+    _, said, _ = simulated((10, 12))
     said = said.clone()
     said[:, :, 0] = 255  # nobody
     said[:, 3, 1] = 255  # not all

@@ -105,7 +105,7 @@ class AnnotatorConfusion(nn.Module):
 
     for logits (batch, class, *spatial) and annotations (batch, annotator, *spatial), void where one did not label. The
     rows of A_r are laws (a softmax), diagonal at first by `sure`. The trace keeps annotators from being believed too
-    much: without it A_r = I is a minimiser. One matrix for all pixels of an annotator; the paper has one for each pixel.
+    much. One matrix serves all pixels of an annotator; the paper of 2020 has one for each pixel.
     Source: Tanno et al., Learning from noisy labels by regularized estimation of annotator confusion, 2019; Zhang et
     al., Disentangling human error from the ground truth in segmentation of medical images, 2020, equation 4.
     """

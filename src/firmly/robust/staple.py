@@ -1,4 +1,4 @@
-"""STAPLE: the truth and the confusion matrix of every annotator from several label maps, by expectation-maximisation."""
+"""STAPLE: the truth and the confusion matrix of every annotator, from several label maps."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,14 +29,16 @@ class SegmentSettings:
 
     Labels for training are wrong at each of `rates` of the foreground; 0 is always among them. Every network learns
     for `steps` batches, from `seeds` starts, each with errors of its own. `radius` is that of the perturbations which
-    certified pixels withstand, in the Euclidean norm of an image.
+    certified pixels withstand, in the Euclidean norm of an image; `couplings` are those of total variation to choose
+    from, for models that have one.
     """
 
     data: DataName = "template"
     models: str = "U-Net,logistic-TV"
-    noises: str = "dilation,missing,regions"
+    noises: str = "dilation,regions"
     rates: tuple[float, ...] = (0.3,)
-    steps: int = 300
+    couplings: tuple[float, ...] = (0.0, 0.2)
+    steps: int = 200
     seeds: int = 1
     radius: float = 0.05
     certify_seconds: float = 10.0
@@ -48,6 +51,7 @@ class SegmentSettings:
             require(set(chosen) <= set(known), f"{name} are some of {','.join(known)}; given {getattr(self, name)}")
         require(len(self.rates) > 0 and all(0 <= r <= 0.5 for r in self.rates), "rates lie in 0 .. 0.5")
         require(self.steps >= 1 and self.seeds >= 1, f"steps, seeds >= 1; given {self.steps}, {self.seeds}")
+        require(len(self.couplings) > 0 and min(self.couplings) >= 0, "couplings are numbers of at least 0")
         require(self.radius > 0 and self.certify_seconds > 0, "radius and certify_seconds are positive")
 
     @property
@@ -61,7 +65,15 @@ def run(settings: SegmentSettings, run_folder: RunFolder, listen: Listener) -> P
     known = {tuple(row["key"]): Cell(**row["cell"]) for row in run_folder.metrics("cell")}
     plans = list(planned(settings))
     cells: list[Cell] = []
-    labels: dict[tuple[str, float, int], tuple[Tensor, float]] = {}
+
+    @cache
+    def labels(noise: str, rate: float, seed: int) -> tuple[Tensor, float]:
+        """Labels for training, and the fraction of the foreground that is wrong."""
+        if rate == 0:
+            return data.train.labels, 0.0
+        found = data.corrupted(noise, rate, settings.seed + seed)
+        return found.labels, found.foreground_rate
+
     seen = {name: [MODELS[name].seen(p.images) for p in (data.train, data.clean, data.test)] for name in MODELS
             if name in settings.models.split(",")}  # fmt: skip
     for done, (model, noise, rate, method, parameter, seed) in enumerate(plans):
@@ -69,15 +81,13 @@ def run(settings: SegmentSettings, run_folder: RunFolder, listen: Listener) -> P
         listen("work", {"name": what, "done": done, "total": len(plans)})
         key = (model.name, noise, rate, method.name, parameter, seed)
         if key not in known:
-            if (noise, rate, seed) not in labels:
-                labels[noise, rate, seed] = given_labels(data, noise, rate, settings.seed + seed)
-            given, wrong = labels[noise, rate, seed]
+            given, wrong = labels(noise, rate, seed)
             trained = Labelled(seen[model.name][0], given)
             known[key] = one_cell(settings, data, model, method, parameter, trained, seen[model.name], key, wrong)
             run_folder.log("cell", key=key, cell=known[key]._asdict())
         cells.append(known[key])
     listen("work", {"name": "training", "done": len(plans), "total": len(plans)})
-    return page(settings, data, cells, run_folder, listen)
+    return page(settings, data, cells, lambda *of: labels(*of)[0], run_folder, listen)
 
 
 def planned(settings: SegmentSettings) -> list[tuple[Model, str, float, Method, float, int]]:
@@ -93,14 +103,6 @@ def planned(settings: SegmentSettings) -> list[tuple[Model, str, float, Method, 
     return out
 
 
-def given_labels(data: Problem, noise: str, rate: float, seed: int) -> tuple[Tensor, float]:
-    """Labels for training and the fraction of the foreground that is wrong."""
-    if rate == 0:
-        return data.train.labels, 0.0
-    found = data.corrupted(noise, rate, seed)
-    return found.labels, found.foreground_rate
-
-
 def one_cell(
     settings: SegmentSettings, data: Problem, model: Model, method: Method, parameter: float, given: Labelled,
     seen: Sequence[Tensor], key: tuple[Any, ...], wrong: float,
@@ -110,8 +112,8 @@ def one_cell(
     learning, choosing = (Labelled(seen[1][half::2], data.clean.labels[half::2]) for half in (0, 1))
     start = settings.seed + key[-1]
     network = fit(model, method, parameter, given, learning, classes, settings.steps, start)
-    coupling, best = chosen_coupling(model, network, choosing, classes)
-    found = predicted(model, network, seen[2], coupling)
+    coupling, best = chosen_coupling(network, choosing, classes, settings.couplings if model.coupled else (0.0,))
+    found = predicted(network, seen[2], coupling)
     brier = None
     if model.probabilistic:
         laws = found if coupling > 0 else found.softmax(1)
@@ -129,7 +131,9 @@ STUDY = Study(
     "segment",
     "Segmentation from wrong labels",
     {
-        "smoke": SegmentSettings(models="logistic-TV", noises="regions", steps=10, certify_seconds=1.0),
+        "smoke": SegmentSettings(
+            models="logistic-TV", noises="regions", steps=10, couplings=(0.0,), certify_seconds=1.0
+        ),
         "default": SegmentSettings(),
         "full": SegmentSettings(
             models=",".join(MODELS), noises=",".join(NOISES), rates=(0.1, 0.3, 0.5), seeds=5, steps=600

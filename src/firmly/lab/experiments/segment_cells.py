@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from firmly.lab.experiments.segment_models import Model
-from firmly.lab.experiments.segment_problems import Problem, mean_overlap
+from firmly.lab.experiments.segment_problems import mean_overlap
 from firmly.lab.experiments.segment_training import CLEAN_ALONE, CONTROL, CROSS_ENTROPY, Labelled, scores
 from firmly.segment import EntropicTV
-
 
 ACCURACY = 3e-2  # root mean square per pixel, of probabilities
 
@@ -92,15 +90,16 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 @torch.no_grad()
-def predicted(model: Model, network: nn.Module, inputs: Tensor, coupling: float) -> Tensor:
+def predicted(network: nn.Module, inputs: Tensor, coupling: float) -> Tensor:
     """Scores, or, with a coupling, probabilities (n, class, height, width)."""
     found = scores(network, inputs)
     return EntropicTV(coupling, accuracy=ACCURACY)(found) if coupling > 0 else found
 
 
-def chosen_coupling(model: Model, network: nn.Module, clean: Labelled, classes: int) -> tuple[float, float]:
+def chosen_coupling(
+    network: nn.Module, clean: Labelled, classes: int, couplings: Sequence[float]
+) -> tuple[float, float]:
     """The coupling with the best overlap on the clean slices, and that overlap."""
-    found = {c: mean_overlap(predicted(model, network, clean.inputs, c).argmax(1), clean.labels, classes)
-             for c in model.couplings}  # fmt: skip
+    found = {c: mean_overlap(predicted(network, clean.inputs, c).argmax(1), clean.labels, classes) for c in couplings}
     best = max(found, key=lambda c: found[c])
     return best, found[best]

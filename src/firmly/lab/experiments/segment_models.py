@@ -14,15 +14,14 @@ from firmly.segment import EntropicTV, PixelFeatures, UNet, monotone_segmenter, 
 
 ModelName = Literal["U-Net", "logistic-TV", "SVM-TV", "unrolled", "implicit"]
 SCALES = (1.0, 2.0)
-COUPLINGS = (0.0, 0.1, 0.3)
 SMALLEST = 1e-6  # a probability whose logarithm is a score
 
 
 @dataclass(frozen=True)
 class Model:
-    """`build(classes, inputs)` is the part that is trained, on inputs = seen(images); its scores have the loss of every class.
+    """`build(classes, inputs)` is trained, on inputs = seen(images); `losses` are of every class, from its scores.
 
-    `couplings` are those of an `EntropicTV` after the scores, to choose from on clean slices; `crop`: it learns from
+    `coupled`: an `EntropicTV` follows the scores, whose coupling is chosen on clean slices; `crop`: it learns from
     parts of images, of any size.
     """
 
@@ -31,7 +30,7 @@ class Model:
     seen: Callable[[Tensor], Tensor]
     losses: Callable[[Tensor], Tensor]
     learning_rate: float
-    couplings: tuple[float, ...] = (0.0,)
+    coupled: bool = False
     crop: bool = True
 
     @property
@@ -93,8 +92,8 @@ MODELS = {
     model.name: model
     for model in (
         Model("U-Net", unet, as_they_are, cross_entropy, 2e-2),
-        Model("logistic-TV", linear, features, cross_entropy, 1.0, COUPLINGS),
-        Model("SVM-TV", linear, features, hinge, 1.0, COUPLINGS),
+        Model("logistic-TV", linear, features, cross_entropy, 1.0, coupled=True),
+        Model("SVM-TV", linear, features, hinge, 1.0, coupled=True),
         Model("unrolled", unrolled, as_they_are, cross_entropy, 1e-2, crop=False),
         Model("implicit", implicit, as_they_are, cross_entropy, 1e-2, crop=False),
     )
@@ -104,5 +103,5 @@ MODELS = {
 def whole(model: Model, network: nn.Module, coupling: float) -> nn.Module:
     """Images -> scores, or, after an energy, probabilities, as one network that `certify` traces."""
     parts = [PixelFeatures(SCALES)] if model.seen is features else []
-    head = [EntropicTV(coupling, accuracy=1e-2)] if coupling > 0 else []
+    head = [EntropicTV(coupling)] if coupling > 0 else []
     return nn.Sequential(*parts, network, *head).eval()

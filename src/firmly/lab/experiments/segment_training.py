@@ -77,7 +77,7 @@ class Method:
     """A way to learn from wrong labels; one of `parameters` is chosen on clean slices.
 
     `probabilistic` methods need the probabilities of classes, which a support vector machine has not;
-    the last fraction `finish` of the training is on clean slices, by cross-entropy.
+    for one that `finishes` the parameter is the last part of the training, by cross-entropy on clean slices.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Method:
     parameters: tuple[float, ...] = (0.0,)
     probabilistic: bool = False
     networks: int = 1
-    finish: float = 0.0
+    finishes: bool = False
 
 
 def plain(parameter: float, context: Context) -> Objective:
@@ -93,7 +93,7 @@ def plain(parameter: float, context: Context) -> Objective:
 
 
 def corrected(budget: float, context: Context) -> Objective:
-    """The optimistic label Wasserstein risk: in every batch the fraction `budget` of the labels of a class may change."""
+    """The optimistic label Wasserstein risk: the fraction `budget` of the labels of every class may change."""
 
     def objective(now: list[Now]) -> Tensor:
         (one,) = now
@@ -176,15 +176,15 @@ def pessimistic(fraction: float, context: Context) -> Objective:
 
 CROSS_ENTROPY = Method("cross-entropy", plain)
 CONTROL = Method("sup-CVaR (control)", pessimistic, (0.3,))
-CLEAN_ALONE = Method("clean slices alone", plain, finish=1.0)
-FINE_TUNED = Method("then clean slices", plain, finish=0.5)
+CLEAN_ALONE = Method("clean slices alone", plain, (1.0,), finishes=True)
+FINE_TUNED = Method("then clean slices", plain, (0.3, 0.7), finishes=True)
 METHODS = (
     CROSS_ENTROPY,
     Method("label correction", corrected, (0.1, 0.3)),
-    Method("PENCIL-prox", pencil, (0.2, 0.5), probabilistic=True),
+    Method("PENCIL-prox", pencil, (0.3,), probabilistic=True),
     Method("GCE", generalised, (0.7,), probabilistic=True),
     Method("SCE", symmetric, (0.1,), probabilistic=True),
-    Method("co-trained trimming", trimmed, (0.1, 0.3), networks=2),
+    Method("co-trained trimming", trimmed, (0.2,), networks=2),
     Method("forward correction", forward, probabilistic=True),
     FINE_TUNED,
     CONTROL,
@@ -209,7 +209,7 @@ def fit(
     learned = [p for network in networks for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, betas=(0.9, 0.99), weight_decay=1e-4)
     for step in range(steps):
-        finishing = step >= (1 - method.finish) * steps
+        finishing = method.finishes and step >= (1 - parameter) * steps
         source = clean if finishing else given
         images, views = drawn(source.labels.shape, model.crop, generator)
         inputs = torch.stack([view.of_image(source.inputs[i]) for i, view in zip(images, views)])
@@ -248,13 +248,17 @@ def scores(network: nn.Module, inputs: Tensor) -> Tensor:
     return found
 
 
-def believed(model: Model, method: Method, parameter: float, network: nn.Module, given: Labelled) -> Tensor:
-    """The labels (n, height, width) that a trained model believes: those of its method, or the given ones."""
+def believed(model: Model, method: str, parameter: float, network: nn.Module, given: Labelled) -> Tensor | None:
+    """The labels (n, height, width) that a method trained on at last; None for methods that have none of their own."""
+    make = next(m.make for m in METHODS if m.name == method)
     found = scores(network, given.inputs)
-    if method.make is corrected:
-        laws = label_risk(model.losses(found), given.labels, parameter, mask=given.labels != VOID).labels
-    elif method.make is pencil:
+    if make is pencil:
         laws = label_step(found.softmax(1), given.labels, parameter)
+    elif make is corrected:
+        laws = torch.zeros_like(found)
+        for k in given.labels[given.labels != VOID].unique():
+            here = given.labels == k
+            laws += label_risk(model.losses(found), given.labels, parameter, mask=here, over="batch").labels
     else:
-        return given.labels
+        return None
     return torch.where(given.labels == VOID, VOID, laws.argmax(1))
