@@ -35,10 +35,10 @@ class OptimSettings:
     `hidden` units. `published` is the rate at which PID and momentum are compared.
     """
 
-    task: tuple[Task, ...] = ("digits", "rotating", "permuted")
+    task: tuple[Task, ...] = ("digits", "permuted", "elec2")
     rates: int = 9
-    lowest: float = 1e-4
-    highest: float = 1.0
+    lowest: float = 1e-3
+    highest: float = 10.0
     seeds: int = 5
     hidden: int = 32
     batch: int = 16
@@ -138,8 +138,8 @@ SMOKE = OptimSettings(
     rates=2, seeds=1, hidden=8, epochs=1, train=100, test=50, length=320, parts=3, first=0.3, window=2, lowest=1e-2
 )
 FULL = OptimSettings(
-    ("mnist", "fashion", "rotating", "permuted"), hidden=128, batch=64, train=20_000, test=10_000, pictures="mnist",
-    length=40_000, parts=8,
+    ("mnist", "fashion", "rotating", "permuted", "elec2"), 11, 1e-4, hidden=128, batch=64, train=20_000,
+    test=10_000, pictures="mnist", length=40_000, parts=8,
 )  # fmt: skip
 STUDY = Study(
     "optim", "Optimisers", {"smoke": SMOKE, "default": OptimSettings(), "full": FULL},

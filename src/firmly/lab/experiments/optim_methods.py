@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,12 +14,17 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
-from firmly.optim import Feedback, presets
+from firmly.errors import DataError
+from firmly.optim import APosteriori, Feedback, presets
+from firmly.optim.line_search import ArmijoSearch
+from firmly.optim.polyak import PolyakStep
 
 PACKAGES = ("schedulefree", "prodigyopt", "dadaptation")
 PID = presets.pid(3.0, 100.0, 0.9)  # the published setting for MNIST: An et al., CVPR 2018
 TUSTIN = presets.tustin(0.9)
 POSITIVE_REAL = presets.heavy_ball(1 / 3)  # the most momentum whose filter is positive real with the integrator
+
+EPOCH = 50  # batches in which the steps of Polyak and Armijo may double
 
 
 class Horizon(NamedTuple):
@@ -60,11 +66,16 @@ def plateau(optimizer: Optimizer, horizon: Horizon) -> Schedule:
 
 
 def feedback(optimizer: Optimizer, horizon: Horizon) -> Schedule:
-    return Schedule(after_window=Feedback(optimizer).update)
+    return Schedule(after_window=_controller(optimizer).update)
 
 
 def held(optimizer: Optimizer, horizon: Horizon) -> Schedule:
-    return Schedule(after_window=Feedback(optimizer, hold=True).update)
+    return Schedule(after_window=_controller(optimizer, hold=True).update)
+
+
+def _controller(optimizer: Optimizer, hold: bool = False) -> Feedback:
+    """With the published ceiling, but for base rates above it."""
+    return Feedback(optimizer, ceiling=max(4.0, optimizer.param_groups[0]["lr"]), hold=hold)
 
 
 class Method(NamedTuple):
@@ -89,15 +100,28 @@ class Learner:
         self.forward = self.backward = 0
 
     def learn(self, loss_of: Callable[[], Tensor]) -> float:
-        """One step on a batch; returns its loss before the step."""
-        self.optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        self.optimizer.step()
+        """One step on a batch; returns its loss before the step, which is not finite where training diverged."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self._evaluated(loss_of)
+            loss.backward()
+            self.backward += 1
+            return loss.detach()
+
+        searches = isinstance(self.optimizer, ArmijoSearch)  # takes the gradient itself, of the first of its losses
+        self.backward += searches
+
+        try:
+            loss = float(self.optimizer.step((lambda: self._evaluated(loss_of)) if searches else closure))
+        except DataError:
+            return math.nan
         self.schedule.after_step()
+        return loss
+
+    def _evaluated(self, loss_of: Callable[[], Tensor]) -> Tensor:
         self.forward += 1
-        self.backward += 1
-        return float(loss.detach())
+        return loss_of()
 
     @contextmanager
     def predicting(self) -> Iterator[None]:
@@ -132,9 +156,13 @@ def methods() -> list[Method]:
         Method("Adam, cosine", Adam, cosine),
         Method("AdamW", AdamW),
         Method("NAdam", NAdam),
+        Method("Polyak step", lambda p, lr: PolyakStep(p, lr, batches=EPOCH)),
+        Method("Armijo search", lambda p, lr: ArmijoSearch(p, lr, batches=EPOCH)),
         *_of_packages(),
         Method("Dag, heavy ball 1/3", POSITIVE_REAL, role="ours"),
         Method("Dag, Tustin 0.9", TUSTIN, role="ours"),
+        Method("a posteriori", APosteriori, role="ours"),
+        Method("a posteriori, Tustin 0.9", lambda p, lr: APosteriori(p, lr, TUSTIN.gain), role="ours"),
         Method("Feedback, SGD", SGD, feedback, "ours"),
         Method("Feedback, held, SGD", SGD, held, "ours"),
     ]

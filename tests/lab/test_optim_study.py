@@ -1,0 +1,260 @@
+"""The study of optimisers: its scores by hand, its data, fair choices, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from firmly.errors import SettingsError
+from firmly.lab.experiments import optim_page as page
+from firmly.lab.experiments.optim import OptimSettings, grid, read, tasks
+from firmly.lab.experiments.optim_data import Stream, electricity
+from firmly.lab.experiments.optim_gains import FILTERS, dc_gain
+from firmly.lab.experiments.optim_linear import a_posteriori, linear_section, logistic, regressors
+from firmly.lab.experiments.optim_methods import Horizon, Learner, Method, cosine, feedback, methods, missing
+from firmly.lab.experiments.optim_runs import Compared, Kept, Record, Size, choice, compare
+from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, recovery, width, windowed
+from firmly.lab.page import Table
+from firmly.lab.run_folder import RunFolder
+from firmly.optim import AdaptationGain, ImplicitStep
+
+SIZE = Size(hidden=4, batch=10, epochs=2, first=0.3, window=2, ahead=2)
+SGD = Method("SGD", torch.optim.SGD)
+
+
+def record(rate: float, chosen_by: float, score: float, loss: float = 1.0) -> Record:
+    return Record(rate, (chosen_by, loss), score, [(1.0, score)], 0.0, 1, 1, False)
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def test_area_and_width():
+    assert area([0.01, 0.1, 1.0], [0.5, 1.0, 0.5]) == pytest.approx(0.75)
+    assert area([0.1, 1.0, 100.0], [1.0, 1.0, 0.0]) == pytest.approx((1 + 2 * 0.5) / 3)
+    assert area([0.1], [0.3]) == 0.3
+    # 0.90 at 0.1, falling by 0.02 in a decade on both sides: within 0.01 for half a decade each
+    assert width([0.01, 0.1, 1.0], [0.88, 0.90, 0.88]) == pytest.approx(1.0)
+    assert width([0.01, 0.1, 1.0], [0.90, 0.90, 0.90]) == pytest.approx(2.0)
+    assert width([0.1], [0.9]) == 0.0
+
+
+def test_kappa_temporal():
+    assert kappa_temporal(0.85, 0.85) == 0.0 and kappa_temporal(1.0, 0.85) == 1.0
+    assert kappa_temporal(0.7, 0.85) == pytest.approx(-1.0)
+    assert kappa_temporal(0.9, 1.0) == -math.inf
+
+
+def test_recovery():
+    right, wrong = torch.ones(20), torch.zeros(7)
+    correct = torch.cat([right, wrong, torch.ones(13), wrong, torch.zeros(3)]).bool()
+    # all of 4 are right again when 11 samples of the second part have passed; never after the third begins
+    assert recovery(correct, [20, 40], 4) == [11, 10]
+    assert recovery(torch.ones(10).bool(), [5], 3) == [3]
+    assert recovery(torch.tensor([1, 1, 0, 0]).bool(), [2], 4) == [2]  # no window fits
+    curve = windowed(correct, 5)
+    assert curve[3] == (20.0, 1.0) and curve[4] == (25.0, 0.0) and len(curve) == 10
+    assert reached(curve, [20, 40], [1.0, 1.0], 50) == [15.0, 10.0]
+    assert reached(curve, [20], [0.6], 50) == [10.0]
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_streams():
+    pytest.importorskip("sklearn", reason="needs scikit-learn, the extra `sklearn`")
+    settings = OptimSettings(length=600, parts=3, first=0.3, task=("stream", "permuted"))
+    assert tasks(settings) == ["rotating", "permuted", "elec2"]
+    rotating, permuted = read("rotating", settings), read("permuted", settings)
+    assert isinstance(rotating, Stream) and isinstance(permuted, Stream)
+    assert permuted.drifts == (200, 400) and rotating.drifts == ()
+    torch.testing.assert_close(rotating.labels, permuted.labels)
+    torch.testing.assert_close(rotating.x[0], permuted.x[0], rtol=0, atol=1e-5)  # neither has changed yet
+    original = read("permuted", OptimSettings(length=600, parts=2, first=0.5))
+    assert isinstance(original, Stream)
+    assert sorted(permuted.x[299].tolist()) == sorted(original.x[299].tolist())
+    assert not torch.equal(permuted.x[299], original.x[299])
+
+
+def test_turned_pictures():
+    pytest.importorskip("sklearn", reason="needs scikit-learn, the extra `sklearn`")
+    from firmly.lab.experiments.optim_data import _repeated, rotating
+
+    _, x, _ = _repeated("digits", 301, 0)
+    turned = rotating("digits", 301, 0).x.reshape(-1, 8, 8)
+    torch.testing.assert_close(turned[0], x[0, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(turned[-1], x[-1, 0].flip(0, 1), rtol=0, atol=1e-5)
+    quarter = x[150, 0]
+    assert min(float((turned[150] - quarter.rot90(k)).abs().max()) for k in (1, 3)) < 1e-5
+
+
+def test_spirals_need_nothing():
+    split = read("spirals", OptimSettings(train=40, test=20))
+    assert not isinstance(split, Stream) and len(split.train.x) == 40 and split.classes == 2
+
+
+def test_electricity_is_scaled_by_its_first_part():
+    stream = electricity(1000, 0.1)
+    torch.testing.assert_close(stream.x[:100, :3].mean(0), torch.zeros(3), rtol=0, atol=1e-4)
+    again = electricity(2000, 0.05)
+    torch.testing.assert_close(stream.x, again.x[:1000])
+
+
+# -- methods -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)
+def test_every_method_learns(method):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    x, labels = torch.randn(32, 3), torch.arange(32) % 2
+    x[:, 0] += 4 * labels
+    learner = Learner(method, list(net.parameters()), 0.05, Horizon(60, 10, 30))
+    losses = []
+    for step in range(60):
+        losses.append(learner.learn(lambda: nn.functional.cross_entropy(net(x), labels)))
+        if step % 10 == 9:
+            learner.schedule.after_window(sum(losses[-10:]) / 10)
+    assert losses[-1] < losses[0] and learner.backward == 60 <= learner.forward
+    with learner.predicting():
+        assert not net(x).requires_grad
+
+
+def test_cosine_ends_at_zero_and_feedback_doubles():
+    weight = nn.Parameter(torch.ones(1))
+    for schedule, end in ((cosine, 0.0), (feedback, 0.4)):
+        learner = Learner(Method("", torch.optim.SGD, schedule), [weight], 0.1, Horizon(4, 2))
+        for step in range(4):
+            learner.learn(lambda: weight.square().sum())
+            if step % 2:
+                learner.schedule.after_window(1.0 / (step + 1))
+        assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(end, abs=1e-12)
+
+
+def test_peers_of_packages_are_named_when_absent():
+    names = [m.name for m in methods()]
+    assert len(set(names)) == len(names)
+    assert ("Prodigy" in names) == ("prodigyopt" not in missing())
+
+
+def test_dc_gains():
+    assert dc_gain(FILTERS["PID (3, 100, 0.9)"]) == pytest.approx(31)
+    assert dc_gain(FILTERS["momentum 0.9"]) == pytest.approx(dc_gain(FILTERS["Nesterov 0.9"])) == pytest.approx(10)
+    assert dc_gain(FILTERS["Dag, heavy ball 1/3"]) == pytest.approx(1.5)
+
+
+# -- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def test_choices_never_look_at_the_score():
+    grid_ = [record(0.1, 0.8, 0.1), record(1.0, 0.7, 0.9), record(10.0, 0.8, 0.5, loss=0.5)]
+    assert choice(grid_).rate == 10.0
+    assert Compared(SGD, grid_, []).chosen.score == 0.5
+
+
+def test_one_configuration():
+    adam = Method("Adam", torch.optim.Adam)
+    ours = Method("ours", torch.optim.SGD, role="ours")
+
+    def runs(method: Method, *scores: float) -> Compared:
+        return Compared(method, [record(10.0**k, s, s) for k, s in zip(range(-2, 3), scores)], [])
+
+    found = {
+        "a": [runs(adam, 0.5, 0.9, 0.9, 0.9, 0.5), runs(ours, 0.80, 0.89, 0.895, 0.90, 0.88)],
+        "b": [runs(adam, 0.5, 0.5, 0.8, 0.5, 0.5), runs(ours, 0.10, 0.79, 0.81, 0.80, 0.70)],
+    }
+    shared = {s.method: s for s in page.shared_configurations(found)}
+    assert shared["ours"].rate == 10.0 and min(shared["ours"].gaps.values()) == pytest.approx(0.0)
+    assert (shared["ours"].low, shared["ours"].high) == (0.1, 100.0)
+    assert shared["ours"].worst == pytest.approx(-0.1)
+    assert shared["Adam"].worst == pytest.approx(-0.4)
+    assert "not met" in page.goal(list(shared.values()))
+
+
+def test_runs_go_on_where_they_stopped(tmp_path):
+    split = read("spirals", OptimSettings(train=40, test=20))
+    calls = []
+    counted = Method("counted", lambda p, lr: calls.append(lr) or torch.optim.SGD(p, lr))
+    first = compare(split, [counted], [0.1, 1.0], [0, 1], SIZE, Kept(RunFolder(tmp_path), "spirals", lambda: None))
+    assert len(calls) == 3
+    again = compare(split, [counted], [0.1, 1.0], [0, 1], SIZE, Kept(RunFolder(tmp_path), "spirals", lambda: None))
+    assert len(calls) == 3 and again == first
+    other = Kept(RunFolder(tmp_path), "other", lambda: None).run(split, counted, 0.1, 0, SIZE)
+    assert len(calls) == 4 and other.score == first[0].grid[0].score
+    assert first[0].runs[0].backward == 2 * 4 and len(first[0].runs[0].curve) == 2
+
+
+def test_a_network_that_diverges_is_counted(tmp_path):
+    kept = Kept(RunFolder(tmp_path), "x", lambda: None)
+    stream = electricity(400, 0.3)
+    bad = kept.run(stream, SGD, 1e30, 0, SIZE)
+    good = kept.run(stream, SGD, 0.1, 0, SIZE)
+    assert bad.diverged and not good.diverged and bad.chosen_by[1] > 1e6
+    assert bad.score < 0.8 and choice([bad, good]) == good
+    assert good.forward == good.backward == 40 and bad.backward < 40
+    assert len(good.curve) == len(bad.curve) == 20
+
+
+# -- the linear model -------------------------------------------------------------------------------------------------
+
+
+def test_all_rates_at_once_are_single_runs():
+    stream = electricity(300, 0.1)
+    phi, signs = regressors(stream.x), 2 * stream.labels - 1
+    seen = stream.x[:51].double()
+    expected = (seen[50] - seen.mean(0)) / seen.std(0, correction=0).clamp(min=1e-6)
+    torch.testing.assert_close(phi[50, :6], expected, rtol=1e-8, atol=1e-8)
+    gain = AdaptationGain((0.9,))
+    swept = a_posteriori(phi, signs, gain, [0.01, 1.0])
+    single = ImplicitStep(phi.new_zeros(7), gain)
+    right = 0
+    for row, sign in zip(phi, signs):
+        right += bool(single.predict(row) * sign > 0)
+        single.update(row, sign.double(), 1.0)
+    assert swept.accuracies[1] == pytest.approx(right / 300)
+
+    theta, right = torch.nn.Parameter(phi.new_zeros(7)), 0
+    optimizer = torch.optim.SGD([theta], 0.1)
+    for row, sign in zip(phi, signs):
+        margin = sign * (row @ theta)
+        right += bool(margin > 0)
+        optimizer.zero_grad()
+        nn.functional.softplus(-margin).backward()
+        optimizer.step()
+    assert logistic(phi, signs, [0.1]).accuracies[0] == pytest.approx(right / 300)
+
+
+def test_what_is_proved_stable():
+    section = linear_section(electricity(200, 0.1), lambda stage, event: None)
+    table = section.blocks[1]
+    assert isinstance(table, Table)
+    said = {row[0]: row[6] for row in table.rows}
+    assert said["a posteriori"] == said["a posteriori, heavy ball 1/3"] == "every rate"
+    assert said["a posteriori, heavy ball 0.9"].startswith("rate < ")
+    with pytest.raises(SettingsError, match="two classes"):
+        linear_section(Stream("", torch.zeros(3, 1), torch.zeros(3).long(), 3), lambda stage, event: None)
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid():
+    assert grid(OptimSettings(rates=3, lowest=0.01, highest=1.0)) == pytest.approx([0.01, 0.1, 1.0])
+    assert grid(OptimSettings(rates=1)) == [1e-3]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"task": ()}, "at least one of"), ({"rates": 0}, "given 0"), ({"lowest": 1.0, "highest": 0.5}, "given 1.0"),
+        ({"seeds": 0}, "given 0"), ({"batch": 0}, "at least 1"), ({"train": 3}, "at least 20"),
+        ({"parts": 1}, "given 1"), ({"first": 0.9}, "given 0.9"), ({"length": 100}, "at least one window"),
+        ({"published": 0.0}, "positive"),
+    ],
+)  # fmt: skip
+def test_bad_settings(bad, said):
+    with pytest.raises(SettingsError, match=said):
+        OptimSettings(**bad)
