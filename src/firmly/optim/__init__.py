@@ -4,6 +4,7 @@ from firmly.optim import presets
 from firmly.optim.a_posteriori import APosteriori
 from firmly.optim.adaptation_gain import AdaptationGain, Response
 from firmly.optim.block_kalman import BlockKalman
+from firmly.optim.change_detection import PageHinkley
 from firmly.optim.dag import Dag
 from firmly.optim.events import EventPasses, LossEvent
 from firmly.optim.feedback import Feedback, Stability
@@ -15,6 +16,7 @@ from firmly.optim.nearest_gain import nearest_gain
 from firmly.optim.polyak import PolyakStep
 from firmly.optim.rate import Rate, certified_rate, verified
 from firmly.optim.recursive_least_squares import RecursiveLeastSquares
+from firmly.optim.streaming import StreamLearner
 
 __all__ = [
     "APosteriori",
@@ -28,6 +30,7 @@ __all__ = [
     "LayerRls",
     "LossEvent",
     "LyapunovMonitor",
+    "PageHinkley",
     "PolyakStep",
     "PredictionErrors",
     "Rate",
@@ -35,6 +38,7 @@ __all__ = [
     "Response",
     "Stability",
     "StabilityWarning",
+    "StreamLearner",
     "certified_rate",
     "nearest_gain",
     "presets",

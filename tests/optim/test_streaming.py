@@ -1,0 +1,133 @@
+"""Alarms of the Page-Hinkley test, and the loop that learns from a stream."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from firmly.errors import DataError, SettingsError
+from firmly.optim import APosteriori, Dag, Feedback, LossEvent, PageHinkley, StreamLearner
+
+generator = torch.Generator().manual_seed(0)
+
+
+def alarms(losses, **settings):
+    test = PageHinkley(**settings)
+    return [t for t, loss in enumerate(losses) if test.happens(loss)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_alarms_after_a_rise_and_not_before(scale):
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(1)).tolist()
+    losses = [scale * (5 + n + (2 if t >= 2000 else 0)) for t, n in enumerate(noise)]
+    found = alarms(losses)
+    assert len(found) == 1 and 2000 <= found[0] < 2040
+
+
+def test_falling_and_constant_losses_never_alarm():
+    noise = torch.randn(3000, generator=torch.Generator().manual_seed(2))
+    falling = (3 * torch.exp(-torch.arange(3000) / 300) + 1 + 0.1 * noise).tolist()
+    assert alarms(falling) == [] and alarms([0.5] * 500) == []
+    assert alarms([0.5] * 100 + [0.6]) == [100]  # the first difference at all
+    assert alarms([0.5] * 10 + [9.0] * 10) == []  # warm-up
+
+
+def test_the_moments_are_those_of_the_values():
+    values = torch.rand(500, generator=generator, dtype=torch.float64)
+    test = PageHinkley(threshold=1e6)
+    for value in values:
+        test.happens(value)
+    assert test.mean == pytest.approx(float(values.mean()))
+    assert test.variance == pytest.approx(float(values.var(correction=0)))
+
+
+def rotating(count, turn_at=None):
+    """Two classes along a direction that jumps once."""
+    x = torch.randn(count, 8, 4, generator=torch.Generator().manual_seed(3))
+    directions = torch.tensor([[1.0, 1, 0, 0], [-1, -0.5, 1, 0]])
+    for t in range(count):
+        direction = directions[0 if turn_at is None or t < turn_at else 1]
+        yield x[t], (x[t] @ direction > 0).long()
+
+
+def learner(**options):
+    torch.manual_seed(0)
+    return StreamLearner.hybrid(nn.Linear(4, 2), nn.functional.cross_entropy, **options)
+
+
+def test_recovers_from_a_change_and_counts():
+    stream = learner(window=25)
+    right, rates, changed = [], [], []
+    for x, y in rotating(1600, turn_at=800):
+        found = stream.learn(x, y)
+        right.append(float((found.outputs.argmax(1) == y).double().mean()))
+        rates.append(stream.optimizer.param_groups[0]["lr"])
+        changed.append(found.changed)
+    assert stream.changes == [t for t, c in enumerate(changed) if c]
+    assert len(stream.changes) >= 1 and 800 <= stream.changes[0] < 850
+    assert sum(right[700:800]) / 100 > 0.93 and sum(right[1500:]) / 100 > 0.93
+    assert sum(right[800:830]) / 30 < 0.8
+    assert max(rates) > 8 * rates[0] and rates[stream.changes[0]] == pytest.approx(rates[0])
+    assert stream.backwards == stream.batches == 1600 and stream.skipped == 0
+
+
+def test_skips_what_is_fitted():
+    stream, full = learner(threshold=0.7, window=25), learner(window=25)
+    for x, y in rotating(800):
+        before = [p.detach().clone() for p in stream.model.parameters()]
+        found = stream.learn(x, y)
+        full.learn(x, y)
+        same = all(torch.equal(a, b) for a, b in zip(before, stream.model.parameters(), strict=True))
+        assert same != found.learned
+    assert 0.1 * stream.batches < stream.skipped < 0.9 * stream.batches
+    assert stream.skipped + stream.backwards == 800
+
+
+def test_the_hybrid_starts_at_the_rate_that_was_asked_for():
+    stream = learner(lr=0.03)
+    optimizer = stream.optimizer
+    assert isinstance(optimizer, Dag) and optimizer.pr()
+    assert optimizer.dc_gain() * optimizer.param_groups[0]["lr"] == pytest.approx(0.03)
+
+
+def test_state_round_trip():
+    first, second = learner(threshold=0.3, window=10), learner(threshold=0.3, window=10)
+    data = list(rotating(300, turn_at=150))
+    for x, y in data[:173]:
+        first.learn(x, y)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))  # else they share buffers
+    second.load_state_dict(first.state_dict())
+    for x, y in data[173:]:
+        a, b = first.learn(x, y), second.learn(x, y)
+        assert torch.equal(a.outputs, b.outputs) and a[1:] == b[1:]
+    assert first.state_dict() == second.state_dict()
+
+
+def test_optimisers_that_take_the_loss_get_it():
+    model = nn.Linear(4, 2)
+    stream = StreamLearner(model, nn.functional.cross_entropy, APosteriori(model.parameters(), 1.0))
+    losses = [stream.learn(x, y).loss for x, y in rotating(300)]
+    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
+
+
+def test_refusals():
+    model = nn.Linear(4, 2)
+    a, b = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(SettingsError, match="another optimiser"):
+        StreamLearner(model, nn.functional.cross_entropy, a, Feedback(b))
+    with pytest.raises(SettingsError):
+        StreamLearner(model, nn.functional.cross_entropy, a, window=0)
+    for bad in ({"threshold": 0.0}, {"slack": -1.0}, {"warm_up": 1}, {"memory": 5.0}):
+        with pytest.raises(SettingsError):
+            PageHinkley(**bad)
+    with pytest.raises(DataError):
+        PageHinkley().happens(math.nan)
+    stream = StreamLearner(model, nn.functional.cross_entropy, a, event=LossEvent())
+    with pytest.raises(DataError):
+        stream.learn(torch.full((2, 4), math.nan), torch.tensor([0, 1]))
+    assert stream.batches == 0 and all(bool(p.isfinite().all()) for p in model.parameters())
