@@ -131,6 +131,19 @@ def test_certified_pixels_refuse():
         certified_pixels(UNet(1, 2, 4), image, 0.1, 1.0)
     with pytest.raises(SettingsError, match="output_error"):
         certified_pixels(monotone_segmenter(1, 2, (8, 8), 4), image, 0.1, 1.0)
+    solved = fm.implicit(fm.algorithms.ForwardBackward(fm.linear.Identity((1, 8, 8)), L1(0.1)))
+    inverted = fm.networks.Inverse(fm.networks.BregmaNet(1, 1, invertible=True, spatial=(8, 8)))
+    for layer in (solved, inverted):
+        with pytest.raises(SettingsError, match="output_error"):
+            certified_pixels(nn.Sequential(layer, nn.Conv2d(1, 2, 1)), image, 0.1, 1.0)
+    with pytest.raises(SettingsError, match="output_error is"):
+        certified_pixels(nn.Conv2d(1, 2, 1), image, 0.1, 1.0, output_error=-1.0)
+    with pytest.raises(SettingsError, match="gains are not negative"):
+        certified_pixels(nn.Conv2d(1, 2, 1), image, 0.1, -torch.ones(2, 8, 8))
+    part = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    part[1].train()
+    with pytest.raises(SettingsError, match="training mode"):
+        certified_pixels(part, image, 0.1, 1.0)
     with pytest.raises(SettingsError, match="radius"):
         certified_pixels(nn.Conv2d(1, 2, 1), image, -0.1, 1.0)
     with pytest.raises(SettingsError, match="bound"):

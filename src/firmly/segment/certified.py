@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from firmly.certificates.certify import certify
 from firmly.errors import SettingsError, ShapeError
+from firmly.fixedpoint.layer import ImplicitLayer
+from firmly.networks.bregman_inverse import Inverse
 from firmly.networks.monotone import MonotoneLayer
 from firmly.segment.energy import EntropicTV
 
@@ -48,17 +52,20 @@ def certified_pixels(
     for every other class b. None: the constant is certified here, in `budget_s` seconds.
     The model runs in double precision. `output_error` is how far its computed output may be from the exact one, in
     Euclidean norm: known of `EntropicTV` and `LinearSegmenter`, asked for (`SettingsError`) where another model has a
-    solver inside, 0 for all others. In training mode a model is refused.
+    layer with a solver inside, 0 for all others; give it where a `forward` calls a solver as a function, which is not
+    seen from outside. In training mode a model is refused.
     """
-    if model.training and any(isinstance(m, (nn.Dropout, nn.modules.batchnorm._BatchNorm)) for m in model.modules()):
+    if any(m.training and isinstance(m, (_DropoutNd, _BatchNorm)) for m in model.modules()):
         raise SettingsError("the model is in training mode, where it is another function: call .eval() first")
     if not (radius >= 0 and math.isfinite(radius)):
         raise SettingsError(f"the radius is a finite number that is not negative, given {radius}")
     if bound is None:
         bound = certify(model, shape=tuple(images.shape[1:]), budget_s=budget_s).upper
-    error = solver_error(model, images) if output_error is None else float(output_error)
-    wide = copy.deepcopy(model).double()
-    output = wide(images.double())
+    wide, images = copy.deepcopy(model).double(), images.double()
+    error = solver_error(wide, images) if output_error is None else float(output_error)
+    if not 0 <= error < math.inf:
+        raise SettingsError(f"output_error is a finite number that is not negative, given {error}")
+    output = wide(images)
     if output.dim() != images.dim() or output.shape[2:] != images.shape[2:] or output.shape[1] < 2:
         raise ShapeError(
             f"the model gives an output for each of two or more classes and each pixel; for images "
@@ -69,6 +76,8 @@ def certified_pixels(
     margins = best[:, None] - output
     slack = math.sqrt(2) * error + ROUNDING * (1 + output.abs().amax())
     if isinstance(bound, Tensor):
+        if not bool((bound >= 0).all()):
+            raise SettingsError("gains are not negative, given some that are, or NaN")
         gains = bound.to(output).expand_as(output)
         allowed = radius * (gains + gains.gather(1, prediction[:, None])) * (1 + 1e-14)
     else:
@@ -85,7 +94,7 @@ def solver_error(model: nn.Module, images: Tensor) -> float:
     if callable(known):
         return float(known(images))
     last = list(model.children())[-1] if isinstance(model, nn.Sequential) and len(model) else None
-    solvers = [m for m in model.modules() if isinstance(m, (EntropicTV, MonotoneLayer))]
+    solvers = [m for m in model.modules() if isinstance(m, (EntropicTV, MonotoneLayer, ImplicitLayer, Inverse))]
     if not solvers:
         return 0.0
     if len(solvers) == 1 and isinstance(last, EntropicTV):
