@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from firmly.errors import NotCertifiable
 from firmly.optim import AdaptationGain, certified_rate, presets, verified
 
 
@@ -60,6 +62,22 @@ def test_rates_are_never_below_the_slowest_quadratic(kappa):
         slopes = np.geomspace(m, 1, 400) * lr * method.scale
         slowest = max(abs(np.roots([1, k - 1 - d1, d1 + k * c1])).max() for k in slopes)
         assert certified_rate(method.gain, lr * method.scale, m, 1.0).rho >= slowest
+
+
+def test_no_rate_is_proved_where_heavy_ball_cycles():
+    """m = 1, L = 25, Polyak's tuning: f' is 25 x, x + 24, 25 x - 24 on x < 1, x < 2, x >= 2 (Lessard et al.)."""
+    method, lr = presets.heavy_ball(4 / 9), 1 / 9
+    with pytest.raises(NotCertifiable):
+        certified_rate(method.gain, lr, 1.0, 25.0)
+    x = torch.nn.Parameter(torch.tensor(3.3, dtype=torch.float64))
+    optimiser, path = method([x], lr), []
+    for _ in range(600):
+        v = x.detach()
+        x.grad = torch.where(v < 1, 25 * v, torch.where(v < 2, v + 24, 25 * v - 24))
+        optimiser.step()
+        path.append(float(x.detach()))
+    assert path[-3:] == pytest.approx(path[-6:-3], abs=1e-9)
+    assert max(map(abs, path[-3:])) > 0.5
 
 
 def test_what_was_changed_is_not_verified():

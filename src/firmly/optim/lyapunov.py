@@ -157,13 +157,17 @@ class LyapunovMonitor:
             newest = [g]
         else:
             buffers = [state[name] for name in ("filtered", "filtered_before")[:order]]
-            newest = [*buffers, self._oldest[p] if p in self._oldest else torch.zeros_like(p)]
-            self._oldest[p] = buffers[-1].clone()
-        flat = [torch.view_as_real(w) if w.is_complex() else w for w in newest]
-        stacked = torch.stack([w.reshape(-1) for w in flat]).to(torch.promote_types(flat[0].dtype, torch.float32))
-        return torch.trace(
-            torch.as_tensor(form, dtype=stacked.dtype, device=p.device) @ (stacked @ stacked.mT)
-        ).double()
+            if p not in self._oldest:
+                self._oldest[p] = torch.zeros_like(p)
+            newest = [*buffers, self._oldest[p]]
+        flat = [(torch.view_as_real(w) if w.is_complex() else w).reshape(-1) for w in newest]
+        if p.dtype in (torch.float16, torch.bfloat16):
+            flat = [w.float() for w in flat]
+        pairs = itertools.combinations_with_replacement(range(order + 1), 2)
+        terms = [form[i, j] * (1 if i == j else 2) * torch.dot(flat[i], flat[j]) for i, j in pairs]
+        if order:
+            self._oldest[p].copy_(newest[order - 1])
+        return torch.stack(terms).sum().double()
 
     def _judge(self) -> None:
         last = self.history[-4:]

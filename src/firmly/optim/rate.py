@@ -44,14 +44,14 @@ def certified_rate(gain: AdaptationGain, lr: float, m: float, L: float) -> Rate:
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (low, middle) if _weight(gain, gain_of_unit, ratio, middle) is not None else (middle, high)
-    for slack in (*10.0 ** np.arange(-6, -1), 0.03, 0.1):
+    for slack in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1):
         rho = high + slack * (1 - high)
         for weight in (_weight(gain, gain_of_unit, ratio, rho), rho**2):
             P = None if weight is None else _storage(gain, gain_of_unit, ratio, rho, weight)
             if weight is None or P is None:
                 continue
             spectrum = np.linalg.eigvalsh(P)
-            least, greatest = spectrum[0] - 1e-14 * spectrum[-1], spectrum[-1] * (1 + 1e-14)  # against rounding
+            least, greatest = float(spectrum[0] - 1e-14 * spectrum[-1]), float(spectrum[-1]) * (1 + 1e-14)  # rounding
             if least > 0:
                 rate = Rate(rho + slack * (1 - rho), weight, P, math.sqrt(greatest / least) * (1 + 1e-15))
                 if verified(rate, gain, lr, m, L):
