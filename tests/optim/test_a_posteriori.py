@@ -60,9 +60,15 @@ def network(batch_norm=True):
     return nn.Sequential(nn.Linear(5, 6), *middle, nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_gauss_newton_curvature_beside_the_full_jacobian(batch_norm):
-    net, labels = network(batch_norm), torch.arange(80) % 3
+def network_with_a_layer_twice():
+    torch.manual_seed(1)
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("make", [network, lambda: network(False), network_with_a_layer_twice])
+def test_gauss_newton_curvature_beside_the_full_jacobian(make):
+    net, labels = make(), torch.arange(80) % 3
     saved = copy.deepcopy(net.state_dict())
     nn.functional.cross_entropy(net(X), labels).backward()
     after = copy.deepcopy(net.state_dict())

@@ -116,7 +116,7 @@ def test_polyak():
     assert again.param_groups[0]["lr"] == o.param_groups[0]["lr"]
     with pytest.raises(ConditionError):
         o.step()
-    with pytest.raises(SettingsError, match="floor"):
+    with pytest.raises(DataError, match="floor"):
         o.step(loss=-1.0)
     with pytest.raises(DataError):
         o.step(loss=math.nan)

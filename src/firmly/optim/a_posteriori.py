@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jvp
+from torch.func import grad, jvp
 from torch.optim import Optimizer
 
 from firmly.errors import ConditionError, DataError, SettingsError
 from firmly.optim.adaptation_gain import AdaptationGain
 from firmly.optim.dag import Dag
+from firmly.replaced_tensors import call_with
 
 
 class APosteriori(Optimizer):
@@ -147,7 +148,7 @@ def gauss_newton_curvature(model: nn.Module, inputs: Tensor, criterion: Callable
     with forward_ad.dual_level():
         moving = {name: forward_ad.make_dual(p.detach(), p.grad) for name, p in found.items()}
         # not functorch's jvp: it refuses batch normalisation, which counts its batches in place
-        z, change = forward_ad.unpack_dual(functional_call(model, {**kept, **moving}, (inputs,)))
+        z, change = forward_ad.unpack_dual(call_with(model, {**kept, **moving}, (inputs,)))
     if change is None:
         raise ConditionError("the outputs do not depend on the parameters that have gradients")
     bent = jvp(grad(criterion), (z,), (change,))[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from firmly.errors import ConditionError, SettingsError
+from firmly.errors import ConditionError, DataError, SettingsError
 from firmly.optim.a_posteriori import squared_norm
 from firmly.optim.loss_value import loss_value
 
@@ -19,7 +19,7 @@ class PolyakStep(Optimizer):
     """p -= eta g, eta = min((loss - floor) / (c |g|^2), growth^(1 / batches) eta of the step before), from `lr`.
 
     `floor` is the least value of the loss of a batch, zero for models that can fit every one; `batches` of an epoch.
-    The rate in use is each group's "lr". Source: N. Loizou, S. Vaswani, I. Laradji, S. Lacoste-Julien, Stochastic
+    The rate in use is each group's "lr". Raises `SettingsError`, `DataError` for a loss below `floor` or not finite. Source: N. Loizou, S. Vaswani, I. Laradji, S. Lacoste-Julien, Stochastic
     Polyak step-size for SGD, AISTATS 2021 (SPS_max with smoothing; c = 1/2, growth 2).
     """
 
@@ -47,7 +47,7 @@ class PolyakStep(Optimizer):
             raise ConditionError("a Polyak step needs step(loss=...) or a closure")
         excess = loss_value(loss) - self.floor
         if excess < 0:
-            raise SettingsError(f"the loss {excess + self.floor} is below floor {self.floor}, its least value")
+            raise DataError(f"the loss {excess + self.floor} is below floor {self.floor}, its least value")
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = float(squared_norm(p.grad for p in params if p.grad is not None))
         limit = self.growth * self.param_groups[0]["lr"]
