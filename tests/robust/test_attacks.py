@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from firmly.errors import DataError, SettingsError, ShapeError
-from firmly.robust import DAG, PGD, AlmaProx, MinimalPGD, margin_loss, plain_loss, segpgd_loss
+from firmly.robust import DAG, PGD, AlmaProx, MinimalPGD, logit_lead, logit_ratio, margin_loss, plain_loss, segpgd_loss
 
 
 class Channels(nn.Module):
@@ -184,6 +184,16 @@ def test_attacks_stop_when_done():
     model = Channels()
     found = PGD(radius=0.5, steps=100)(model, x, labels)
     assert bool((found.apsr == 1).all()) and model.calls < 60
+
+
+def test_what_cannot_be_reached_does_not_overflow():
+    x, labels = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 4, 4, dtype=torch.long)
+    certain = nn.Conv2d(3, 3, 1)
+    nn.init.eye_(certain.weight.data[:, :, 0, 0])
+    certain.bias.data = torch.tensor([100.0, 0.0, 0.0])
+    for constraint in (logit_ratio, logit_lead):
+        found = AlmaProx(steps=300, step=0.01, constraint=constraint)(certain, x, labels)
+        assert not bool(found.success.any()) and float(found.apsr) == 0 and bool(found.images.isfinite().all())
 
 
 def test_failures_have_infinite_norm_in_the_median():

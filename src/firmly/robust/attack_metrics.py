@@ -53,6 +53,7 @@ def robustness_curves(
     if len(radii) == 0 or not all(r >= 0 for r in radii):
         raise SettingsError(f"radii are one or more numbers that are not negative, given {list(radii)}")
     wide, images = copy.deepcopy(model).double().eval(), images.double()
+    labels = labels.to(images.device)
     valid = labels != attack.ignore
     if bound is None:
         bound = certify(wide, shape=tuple(images.shape[1:])).upper
