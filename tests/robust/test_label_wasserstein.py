@@ -108,6 +108,18 @@ def test_void_pixels_do_not_count_and_have_no_gradient():
     assert torch.allclose(slope, found.labels / mask.sum((1, 2)).reshape(2, 1, 1, 1))
 
 
+@pytest.mark.parametrize("sense", ["sup", "inf"])
+def test_an_infinite_distance_keeps_a_label(sense):
+    losses = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, distance = torch.tensor([[0, 1, 2, 0]]), torch.ones(1, 4, dtype=torch.float64)
+    distance[0, 0] = math.inf
+    found = label_risk(losses, labels, 0.3, distance=distance, sense=sense)
+    distance[0, 0] = 1e13
+    far = label_risk(losses, labels, 0.3, distance=distance, sense=sense)
+    torch.testing.assert_close(found.risk, far.risk, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.labels, far.labels, rtol=1e-9, atol=1e-9)
+
+
 def test_derivatives():
     losses, labels = rand(2, 3, 5).requires_grad_(), (rand(2, 5, seed=1) * 3).long()
     budget = torch.tensor(0.13, dtype=f64, requires_grad=True)

@@ -46,7 +46,7 @@ def label_risk(
         labels: given ones, (batch, *spatial) integers, or laws (batch, class, *spatial).
         cost: (class, class), from the given class (row) to the believed one, 0 on the diagonal; infinity forbids. None
             is 1 for every change; see `ordinal_cost`, `tree_cost`.
-        distance: factors (batch, *spatial) of the cost of a pixel; `boundary_distance`, say.
+        distance: factors (batch, *spatial) of the cost of a pixel, infinity forbids; `boundary_distance`, say.
         mask: (batch, *spatial), True at valid pixels; labels and losses may be anything elsewhere.
         over: who shares a budget: each "image" -> risks (batch,), the "batch" -> (), each "pixel" -> (batch, *spatial).
 
@@ -72,7 +72,8 @@ def label_risk(
             raise ShapeError(
                 f"distance is not negative, {tuple(valid.shape)} and detached; given {tuple(distance.shape)}"
             )
-        prices = torch.where(prices.isinf(), prices, prices * distance.double()[valid][pixel].unsqueeze(1))
+        factor = distance.double()[valid][pixel].unsqueeze(1)  # infinity times 0, either way, would be NaN
+        prices = torch.where(prices.isinf() | (prices == 0), prices, prices * factor)
 
     counts = valid.flatten(1).sum(1)
     if over == "pixel":
