@@ -124,6 +124,20 @@ def test_the_nearest_gain_has_the_property_and_no_random_one_is_nearer(asked):
         assert not (getattr(gain, asked)() and math.dist((c, d), (0.9, 0.95)) < distance - 1e-4)
 
 
+@pytest.mark.parametrize("asked", ["spr", "pr"])
+def test_no_search_around_the_nearest_gain_of_second_order_finds_a_nearer_one(asked):
+    draw = np.random.default_rng(6)
+    for wished in list(random_gains(8, seed=7)):
+        found = nearest_gain(wished, asked)
+        assert getattr(found, asked)()
+        start, best = np.array([*wished.zeros, *wished.poles]), np.array([*found.zeros, *found.poles])
+        distance = np.linalg.norm(best - start)
+        for scale in (0.5, 0.1, 0.02):
+            for point in best + scale * distance * draw.standard_normal((700, 4)):
+                if np.linalg.norm(point - start) < distance - 1e-5:
+                    assert not getattr(AdaptationGain(tuple(point[:2]), tuple(point[2:])), asked)()
+
+
 def test_a_gain_that_has_the_property_is_left_alone():
     gain = presets.nesterov(0.4).gain
     assert nearest_gain(gain, "pr") is gain
