@@ -34,7 +34,17 @@ class Stream(NamedTuple):
 
 
 def fixed(task: Fixed, train: int, test: int, seed: int) -> Split:
-    """At most `train` samples to learn and a quarter as many to validate, apart from the test samples."""
+    """At most `train` samples to learn and a quarter as many to validate, apart from the test samples.
+
+    Values are less their mean over the training samples, over their deviation.
+    """
+    split = _as_read(task, train, test, seed)
+    mean, deviation = split.train.x.mean(), split.train.x.std()
+    parts = [Samples((s.x - mean) / deviation, s.labels) for s in (split.train, split.validation, split.test)]
+    return Split(split.told, *parts, split.classes, split.side)
+
+
+def _as_read(task: Fixed, train: int, test: int, seed: int) -> Split:
     if task in ("cifar10", "cifar100"):
         load = {"cifar10": cifar10, "cifar100": cifar100}[task]
         known, held_out = load("train"), load("test")
@@ -54,7 +64,7 @@ def rotating(pictures: Pictures, length: int, seed: int) -> Stream:
     zero = torch.zeros_like(angle)
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1).reshape(-1, 2, 3)
     grid = functional.affine_grid(turn, list(x.shape), align_corners=False)
-    turned = functional.grid_sample(x, grid, align_corners=False)
+    turned = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return Stream(f"{told}, turned from 0 to 180 degrees", turned.flatten(1), labels, 10)
 
 
@@ -79,7 +89,7 @@ def electricity(length: int, first: float) -> Stream:
 def _repeated(pictures: Pictures, length: int, seed: int) -> tuple[str, Tensor, Tensor]:
     """`length` pictures (time, 1, side, side), each as often as any other but for one time, in a random order."""
     if pictures == "digits":
-        parts = read("digits", 10**6, 10**6, seed)
+        parts = fixed("digits", 10**6, 10**6, seed)
         samples = [parts.train, parts.validation, parts.test]
         x, labels = torch.cat([s.x for s in samples]), torch.cat([s.labels for s in samples])
         side, told = 8, parts.told

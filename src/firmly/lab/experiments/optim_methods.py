@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
@@ -18,12 +19,14 @@ from firmly.errors import DataError
 from firmly.optim import APosteriori, Feedback, presets
 from firmly.optim.line_search import ArmijoSearch
 from firmly.optim.polyak import PolyakStep
+from firmly.optim.streaming import StreamLearner
 
 PACKAGES = ("schedulefree", "prodigyopt", "dadaptation")
 PID = presets.pid(3.0, 100.0, 0.9)  # the published setting for MNIST: An et al., CVPR 2018
 TUSTIN = presets.tustin(0.9)
 POSITIVE_REAL = presets.heavy_ball(1 / 3)  # the most momentum whose filter is positive real with the integrator
 
+SKIPPED = 0.5  # of the mean loss: batches below are not learnt from
 EPOCH = 50  # batches in which the steps of Polyak and Armijo may double
 
 
@@ -79,53 +82,89 @@ def _controller(optimizer: Optimizer, hold: bool = False) -> Feedback:
 
 
 class Method(NamedTuple):
-    """An optimiser with its schedule; `role` is that of its curves. `drifts`: it has to know them."""
+    """An optimiser with its schedule; `role` is that of its curves. `drifts`: it has to know them.
+
+    A `StreamLearner` has its schedule inside: `stream` makes it from the network, the rate and the horizon.
+    """
 
     name: str
-    make: Callable[[list[Parameter], float], Optimizer]
+    make: Callable[[list[Parameter], float], Optimizer] = SGD
     schedule: Schedules = constant
     role: Literal["ours", "other"] = "other"
     drifts: bool = False
+    stream: Callable[[nn.Module, float, Horizon], StreamLearner] | None = None
+
+    def start(self, net: nn.Module, rate: float, horizon: Horizon) -> Learner:
+        if self.stream is not None:
+            return Streaming(self.stream(net, rate, horizon))
+        optimizer = self.make(list(net.parameters()), rate)
+        return Stepping(net, optimizer, self.schedule(optimizer, horizon))
 
 
-class Learner:
-    """One network in the hands of one method; counts passes."""
+class Learner(Protocol):
+    """A network in the hands of a method."""
 
-    def __init__(self, method: Method, parameters: list[Parameter], rate: float, horizon: Horizon):
-        self.optimizer = method.make(parameters, rate)
-        self.schedule = method.schedule(self.optimizer, horizon)
-        self.averages = hasattr(self.optimizer, "eval")  # it predicts with other weights than it learns with
+    @property
+    def forward(self) -> int: ...
+
+    @property
+    def backward(self) -> int: ...
+
+    def learn(self, x: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """One step on a batch; its outputs and its loss before the step, not finite where training diverged."""
+        ...
+
+    def end_window(self, loss: float) -> None:
+        """The mean loss of an epoch, or of a window of a stream."""
+        ...
+
+    def predicting(self) -> AbstractContextManager[None]:
+        """With the weights that are meant for predictions, and without gradients."""
+        ...
+
+
+class Stepping:
+    """By a PyTorch optimiser, which evaluates the loss as often as it likes."""
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer, schedule: Schedule):
+        self.net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.averages = hasattr(optimizer, "eval")  # it predicts with other weights than it learns with
         if self.averages:
-            self.optimizer.train()
+            optimizer.train()
         self.forward = self.backward = 0
 
-    def learn(self, loss_of: Callable[[], Tensor]) -> float:
-        """One step on a batch; returns its loss before the step, which is not finite where training diverged."""
+    def learn(self, x: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        seen: list[Tensor] = []
+
+        def loss() -> Tensor:
+            self.forward += 1
+            seen.append(self.net(x))
+            return cross_entropy(seen[-1], labels)
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            loss = self._evaluated(loss_of)
-            loss.backward()
+            value = loss()
+            value.backward()
             self.backward += 1
-            return loss.detach()
+            return value.detach()
 
+        if self.averages:
+            with self.predicting():
+                loss()
         searches = isinstance(self.optimizer, ArmijoSearch)  # takes the gradient itself, of the first of its losses
         self.backward += searches
-
         try:
-            loss = float(self.optimizer.step((lambda: self._evaluated(loss_of)) if searches else closure))
+            value = float(self.optimizer.step(loss if searches else closure))
         except DataError:
-            return math.nan
+            value = math.nan
         self.schedule.after_step()
-        return loss
+        return seen[0].detach(), value
 
-    def _evaluated(self, loss_of: Callable[[], Tensor]) -> Tensor:
-        self.forward += 1
-        return loss_of()
+    def end_window(self, loss: float) -> None:
+        self.schedule.after_window(loss)
 
     @contextmanager
     def predicting(self) -> Iterator[None]:
-        """With the weights that are meant for predictions, and without gradients."""
         if self.averages:
             self.optimizer.eval()
         try:
@@ -134,6 +173,45 @@ class Learner:
         finally:
             if self.averages:
                 self.optimizer.train()
+
+
+class Streaming:
+    """By a `StreamLearner`, which skips backward passes and looks after its rate itself."""
+
+    def __init__(self, learner: StreamLearner):
+        self.learner = learner
+
+    @property
+    def forward(self) -> int:
+        return self.learner.batches
+
+    @property
+    def backward(self) -> int:
+        return self.learner.backwards
+
+    def learn(self, x: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        try:
+            learned = self.learner.learn(x, labels)
+        except DataError:
+            with torch.no_grad():
+                return self.learner.model(x), math.nan
+        return learned.outputs, learned.loss
+
+    def end_window(self, loss: float) -> None:
+        pass
+
+    def predicting(self) -> AbstractContextManager[None]:
+        return torch.no_grad()
+
+
+def hybrid(threshold: float) -> Callable[[nn.Module, float, Horizon], StreamLearner]:
+    """The hybrid of `StreamLearner`; base rates above its ceiling are their own ceiling."""
+
+    def stream(net: nn.Module, rate: float, horizon: Horizon) -> StreamLearner:
+        ceiling = max(1.0, rate)
+        return StreamLearner.hybrid(net, cross_entropy, rate, horizon.window, threshold, ceiling)
+
+    return stream
 
 
 def momentum(schedule: Schedules, name: str) -> Method:
@@ -165,6 +243,8 @@ def methods() -> list[Method]:
         Method("a posteriori, Tustin 0.9", lambda p, lr: APosteriori(p, lr, TUSTIN.gain), role="ours"),
         Method("Feedback, SGD", SGD, feedback, "ours"),
         Method("Feedback, held, SGD", SGD, held, "ours"),
+        Method("hybrid", stream=hybrid(0.0), role="ours"),
+        Method("hybrid, skipping", stream=hybrid(SKIPPED), role="ours"),
     ]
 
 

@@ -54,16 +54,20 @@ def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run
     drawn = pick(found)
     axis = "samples seen" if isinstance(data, Stream) else "samples learnt from"
     name = "accuracy of a window, before it is learnt" if isinstance(data, Stream) else "test accuracy"
-    run.write(f"pictures/curves-{task}.png", curves_picture([band(c) for c in drawn], axis, name))
-    curves = Pictures([(f"curves-{task}", name)], "Tuned methods: mean and 95% interval over the seeds.", 2)
+    halves = {f"curves-{task}": drawn[:3], f"more-{task}": [drawn[0], *drawn[3:]]}
+    for picture, those in halves.items():
+        run.write(f"pictures/{picture}.png", curves_picture([band(c) for c in those], axis, name))
+    items = [(picture, ", ".join(c.method.name for c in those)) for picture, those in halves.items()]
+    curves = Pictures(items, "Tuned methods: mean and 95% interval over the seeds.", 2)
     lines = [
         Line(c.method.name, [(r.rate, 100 * r.score) for r in c.grid], "ours" if c.method.role == "ours" else "other")
         for c in drawn
     ]
     caption = "The seed on which rates were chosen, but samples that chose nothing."
-    sensitivity = Chart(lines, "learning rate", "accuracy in percent", caption, log_x=True, dots=True)
+    chart = Chart(lines, "learning rate", "accuracy in percent", caption, log_x=True, dots=True)
     table = stream_table(data, found) if isinstance(data, Stream) else fixed_table(found)
-    return Section(f"{task[0].upper()}{task[1:]}", told(data, found), (curves, sensitivity, table))
+    blocks = (curves, table, chart, cost_table(found))
+    return Section(f"{task[0].upper()}{task[1:]}", told(data, found), blocks)
 
 
 def told(data: Split | Stream, found: Sequence[Compared]) -> str:
@@ -117,15 +121,8 @@ def band(found: Compared) -> Band:
 
 
 def fixed_table(found: Sequence[Compared]) -> Table:
-    rows = [
-        (
-            c.method.name, rate_of(c), shown(scores(c)), *sensitivity(c.grid), mean([r.seconds for r in c.runs]),
-            c.runs[0].forward, c.runs[0].backward,
-        )
-        for c in found
-    ]  # fmt: skip
-    columns = ("method", "rate", "accuracy, %", "area", "decades", "seconds", "forward", "backward")
-    return Table(columns, rows, NOTES, ours_of(found))
+    rows = [(c.method.name, rate_of(c), shown(scores(c))) for c in found]
+    return Table(("method", "rate", "accuracy, %"), rows, NOTES, ours_of(found))
 
 
 def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
@@ -134,34 +131,48 @@ def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
     rows = []
     for c in found:
         row = [
-            c.method.name, rate_of(c), shown(scores(c)), kappa_temporal(mean(scores(c)), stream.no_change),
-            100 * mean([r.near_future or 0.0 for r in c.runs]),
+            c.method.name, rate_of(c), shown(scores(c)), f"{kappa_temporal(mean(scores(c)), stream.no_change):.2f}",
+            shown([r.near_future or 0.0 for r in c.runs]),
         ]  # fmt: skip
         if drifts:
-            row += [
-                mean([r.recovery or 0.0 for r in c.runs]),
-                mean([mean(reached(r.curve, stream.drifts, level, len(stream.x))) for r, level in zip(c.runs, levels)]),
-            ]
-        rows.append((*row, *sensitivity(c.grid), mean([r.seconds for r in c.runs]), c.runs[0].backward))
-    recovery = ("recovers own level", "Adam’s level") if drifts else ()
-    columns = (
-        "method", "rate", "accuracy, %", "kappa", "ahead, %", *recovery, "area", "decades", "seconds", "backward",
-    )  # fmt: skip
+            times = [mean(reached(r.curve, stream.drifts, at, len(stream.x))) for r, at in zip(c.runs, levels)]
+            row += [f"{mean([r.recovery or 0.0 for r in c.runs]):.0f}", f"{mean(times):.0f}"]
+        rows.append(tuple(row))
+    recovery = ("to own level", "to Adam’s level") if drifts else ()
+    columns = ("method", "rate", "accuracy, %", "kappa", "ahead, %", *recovery)
     note = (
         " Kappa: 0 for repeating the last label. Ahead: accuracy some batches later, which cannot be won by repeating "
         "labels."
     )
     if drifts:
         note += (
-            " Recovers: samples after a drift until 95% of the accuracy before it, its own (a method that knew little "
-            "has little to recover) or that of tuned Adam; all samples up to the next drift where that never happens."
+            " To a level: samples after a drift until 95% of the accuracy before it, its own (a method that knew "
+            "little has little to recover) or that of tuned Adam; all samples up to the next drift where that never "
+            "happens."
         )
     return Table(columns, rows, NOTES + note, ours_of(found))
 
 
+def cost_table(found: Sequence[Compared]) -> Table:
+    """How sensitive and how dear."""
+    rows = []
+    for c in found:
+        rates, values = [r.rate for r in c.grid], [r.score for r in c.grid]
+        seconds = mean([r.seconds for r in c.runs])
+        passes = [f"{mean([float(getattr(r, name)) for r in c.runs]):.0f}" for name in ("forward", "backward")]
+        rows.append((
+            c.method.name, f"{area_of(c):.1f}", f"{width(rates, values):.1f}", f"{seconds:.2f}", *passes
+        ))  # fmt: skip
+    caption = (
+        "Area: mean accuracy over the logarithm of all rates tried; decades: width of the rates within a point of the "
+        "best. Seconds and passes of learning, tuned, means over the seeds."
+    )
+    return Table(("method", "area", "decades", "seconds", "forward", "backward"), rows, caption, ours_of(found))
+
+
 NOTES = (
-    "Accuracy: mean over seeds with 95% interval (Student). Area: mean accuracy over all rates tried; decades: width "
-    "of the rates within a point of the best. * is an end of the grid: a better rate may lie beyond."
+    "Accuracy: mean over seeds with 95% interval (Student). * marks a rate at an end of those tried: a better one may "
+    "lie beyond."
 )
 
 
@@ -180,9 +191,8 @@ def rate_of(found: Compared) -> str:
     return f"{found.chosen.rate:.2g}{'*' if at_end else ''}"
 
 
-def sensitivity(grid: Sequence[Record]) -> tuple[float, float]:
-    rates, values = [r.rate for r in grid], [r.score for r in grid]
-    return 100 * area(rates, values), width(rates, values)
+def area_of(found: Compared) -> float:
+    return 100 * area([r.rate for r in found.grid], [r.score for r in found.grid])
 
 
 def mean(values: Sequence[float]) -> float:
@@ -272,7 +282,7 @@ def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
             task, ours.method.name, shown(scores(ours)), peer.method.name, shown(scores(peer)), f"{gained.mean:+.2f}",
             "one seed says nothing" if math.isinf(half) else "ours" if gained.mean > half else
             "the other" if gained.mean < -half else "not decided",
-            sensitivity(ours.grid)[0] - max(sensitivity(c.grid)[0] for c in compared if c.method.role == "other"),
+            f"{area_of(ours) - max(area_of(c) for c in compared if c.method.role == 'other'):+.1f}",
         ))  # fmt: skip
     columns = ("task", "ours", "accuracy, %", "best of the others", "accuracy, %", "difference", "better",
                "area, less the greatest of the others")  # fmt: skip

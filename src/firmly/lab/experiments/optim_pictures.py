@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from firmly.lab.charts import Scale, number
-from firmly.lab.experiments.bregman_pictures import GRID, HEIGHT, SCALE, WHITE, Band, Colour, as_png, font, write
+from firmly.lab.experiments.bregman_pictures import GRID, HEIGHT, SCALE, WHITE, WIDTH, Band, Colour, as_png, font, write
 
-WIDTH = 760  # pixels
 COLOURS: tuple[Colour, ...] = ((18, 144, 140), (201, 105, 47), (61, 99, 181), (123, 130, 137), (162, 59, 114))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -130,13 +130,14 @@ def network(x: Tensor, classes: int, hidden: int, seed: int) -> nn.Sequential:
 def _on_fixed(split: Split, method: Method, rate: float, seed: int, size: Size) -> Record:
     net = network(split.train.x, split.classes, size.hidden, seed)
     steps = math.ceil(len(split.train.x) / size.batch)
-    learner = Learner(method, list(net.parameters()), rate, Horizon(size.epochs * steps, steps))
+    learner = method.start(net, rate, Horizon(size.epochs * steps, steps))
     generator = torch.Generator().manual_seed(seed)
     curve, seconds, diverged = [], 0.0, False
     for epoch in range(size.epochs):
         began = time.perf_counter()
         order = torch.randperm(len(split.train.x), generator=generator)
-        diverged = not _window(learner, net, _batches(split.train, order, size.batch))
+        losses = [learner.learn(split.train.x[i], split.train.labels[i])[1] for i in order.split(size.batch)]
+        diverged = not _told(learner, losses)
         seconds += time.perf_counter() - began
         if diverged:
             break
@@ -147,22 +148,11 @@ def _on_fixed(split: Split, method: Method, rate: float, seed: int, size: Size) 
     return Record(rate, validation, test[0], curve, seconds, learner.forward, learner.backward, diverged)
 
 
-def _batches(samples: Samples, order: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for part in order.split(batch):
-        yield samples.x[part], samples.labels[part]
-
-
-def _window(learner: Learner, net: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-    """Learns from the batches, then tells the schedule their mean loss; False where it is not finite."""
-    losses = [learner.learn(lambda x=x, y=y: cross_entropy(net(x), y)) for x, y in batches]
-    return _told(learner, losses)
-
-
 def _told(learner: Learner, losses: Sequence[float]) -> bool:
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean):
         return False
-    learner.schedule.after_window(mean)
+    learner.end_window(mean)
     return True
 
 
@@ -183,7 +173,7 @@ def _on_stream(stream: Stream, method: Method, rate: float, seed: int, size: Siz
     net = network(stream.x, stream.classes, size.hidden, seed)
     pieces = list(zip(stream.x.split(size.batch), stream.labels.split(size.batch)))
     chunk = math.ceil(stream.drifts[0] / size.batch) if stream.drifts else None
-    learner = Learner(method, list(net.parameters()), rate, Horizon(len(pieces), size.window, chunk))
+    learner = method.start(net, rate, Horizon(len(pieces), size.window, chunk))
     first = int(size.first * len(pieces))
     hits, losses, future, diverged, seconds = [], [], [], False, 0.0
     for begin in range(0, len(pieces), size.window):
@@ -195,7 +185,7 @@ def _on_stream(stream: Stream, method: Method, rate: float, seed: int, size: Siz
                 losses.append(LOST)
                 continue
             began = time.perf_counter()
-            outputs, loss = _predict_and_learn(learner, net, x, labels)
+            outputs, loss = learner.learn(x, labels)
             seconds += time.perf_counter() - began
             hits.append(outputs.argmax(1) == labels)
             losses.append(loss if math.isfinite(loss) else LOST)
@@ -215,21 +205,3 @@ def _on_stream(stream: Stream, method: Method, rate: float, seed: int, size: Siz
         learner.forward, learner.backward, diverged, sum(future) / len(future) if future else None,
         sum(times) / len(times) if times else None,
     )  # fmt: skip
-
-
-def _predict_and_learn(learner: Learner, net: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """The outputs before the step, and the loss; one forward pass, but two where predictions have weights apart."""
-    seen: list[Tensor] = []
-
-    def loss_of() -> Tensor:
-        outputs = net(x)
-        seen.append(outputs.detach())
-        return cross_entropy(outputs, labels)
-
-    if learner.averages:
-        with learner.predicting():
-            outputs = net(x)
-        learner.forward += 1
-        return outputs, learner.learn(loss_of)
-    loss = learner.learn(loss_of)
-    return seen[0], loss
