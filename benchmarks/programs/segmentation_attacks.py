@@ -39,8 +39,11 @@ def main(images: int, training: int, steps: int = 500, bisections: int = 13) -> 
         clean = model(x).argmax(1)
     attacks: dict[str, SegmentationAttack] = {
         OURS: AlmaProx(step=STEP, constraint=logit_lead, steps=steps),
-        "ALMA-prox, published settings": AlmaProx(steps=steps),
-        **{name: MinimalPGD(radius=LARGEST, loss=loss, bisections=bisections) for name, loss in LOSSES.items()},
+        "ALMA-prox, published settings": AlmaProx(steps=steps, least_multiplier=1e-12),
+        **{
+            name: MinimalPGD(radius=LARGEST, steps=20, loss=loss, bisections=bisections)
+            for name, loss in LOSSES.items()
+        },
         "DAG": DAG(steps=min(steps, 200)),
         "DAG, step 2/255": DAG(step=2 / 255, steps=steps),
     }

@@ -232,6 +232,7 @@ def test_refusals():
         lambda: PGD(radius=1.0, norm="l1"),
         lambda: PGD(radius=1.0, steps=0),
         lambda: AlmaProx(steps=1),
+        lambda: AlmaProx(least_multiplier=0.0),
         lambda: DAG(step=0.0),
         lambda: DAG(success=1.5),
         lambda: DAG(box=(1.0, 0.0)),

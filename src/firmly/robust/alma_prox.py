@@ -17,7 +17,7 @@ MEMORY = 0.8  # of multipliers and squared gradients
 DEMAND = 1e-4  # by how much the wrong class is to be ahead
 RATES = (1.02, 0.98)  # of the weight of the constraints
 WEIGHTS = (0.1, 1.0)
-MULTIPLIERS = (1e-12, 1.0)
+LARGEST_MULTIPLIER = 1.0
 PENALTIES = (0.01, 1.0)  # beyond, few pixels outweigh all others, and single precision overflows
 IMPROVED = 0.95  # a constraint above this part of its last value has not improved
 LAST_STEP = 0.1  # the step decays to this part of the first
@@ -56,20 +56,22 @@ class AlmaProx(SegmentationAttack):
     constraints that fail most are dropped, as many as may fail at the end. An image moves by at most about steps step:
     take a larger `step` where the norms found are near that. `Adversarial.norm` is the maximum norm.
     Source: Rony, Pesquet and Ben Ayed, Proximal splitting adversarial attack for semantic segmentation, CVPR 2023,
-    arXiv 2206.07179, with the derivative of the penalty (not that of the released code), the exact step, and penalties
-    of at most 1.
+    arXiv 2206.07179, with the derivative of the penalty (not that of the released code), the exact step, penalties of
+    at most 1, and multipliers of at least `least_multiplier` (1e-12 there: a pixel that turns back then hardly pulls).
     """
 
     steps: int = 500
     step: float = 1e-3
     check: int = 10
     constraint: Constraint = logit_ratio
+    least_multiplier: float = 1e-4
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 2 or self.check < 1 or not self.step > 0:
+        if self.steps < 2 or self.check < 1 or not (self.step > 0 and 0 < self.least_multiplier <= 1):
             raise SettingsError(
-                f"steps >= 2, check >= 1 and step > 0, given steps={self.steps}, check={self.check}, step={self.step}"
+                "steps >= 2, check >= 1, step > 0 and least_multiplier in (0, 1], given "
+                f"steps={self.steps}, check={self.check}, step={self.step}, least_multiplier={self.least_multiplier}"
             )
 
     def search(self, under: AttackedModel) -> Adversarial:
@@ -78,7 +80,7 @@ class AlmaProx(SegmentationAttack):
         delta, square = torch.zeros_like(x), torch.zeros_like(x)
         weight = x.new_ones(len(x), 1, 1)
         first = torch.full_like(under.count, self.steps)  # the step at which an image first was a success
-        constraints = Constraints(under, self.check)
+        constraints = Constraints(under, self.check, self.least_multiplier)
         for t in range(self.steps):
             images = under.inside(delta)
 
@@ -109,8 +111,8 @@ class AlmaProx(SegmentationAttack):
 class Constraints:
     """Multipliers mu and penalties rho of all pixels (batch, height, width)."""
 
-    def __init__(self, under: AttackedModel, check: int):
-        self.under, self.check = under, check
+    def __init__(self, under: AttackedModel, check: int, least: float):
+        self.under, self.check, self.least = under, check, least
         ones = under.images.new_ones(under.labels.shape)
         self.mu, self.rho, self.last = ones, PENALTIES[0] * ones, torch.full_like(ones, torch.inf)
         self.met = torch.zeros_like(under.valid)
@@ -127,7 +129,7 @@ class Constraints:
             self.last = now
         if t:
             slope = penalty_slope(now, self.mu, self.rho)
-            self.mu = (MEMORY * self.mu + (1 - MEMORY) * slope).clamp(*MULTIPLIERS)
+            self.mu = (MEMORY * self.mu + (1 - MEMORY) * slope).clamp(self.least, LARGEST_MULTIPLIER)
         kept = self.kept(now, progress)
         return attack_penalty(values, self.mu, self.rho).where(kept, 0).sum()
 
