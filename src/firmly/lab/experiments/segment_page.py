@@ -85,11 +85,11 @@ def page(
     kept = [a.clean_plain.test - a.best.test for a in advices if a.noise == "none"]
     met = [a for a in wrong if (a.recovered(a.best) or 0.0) >= TARGET]
     return Page(
-        f"What was chosen on {len(data.clean.labels) // 2} clean slices brings back {TARGET:.0f} % or more of what wrong "
-        f"labels cost in {len(met)} of {len(wrong)} cases",
-        f"The target is {TARGET:.0f} % of the mean overlap that cross-entropy loses, and at most {COST} points lost where "
-        f"all labels are right: there the choice loses {max(kept):.1f} points at most. Without clean slices to learn from, "
-        f"{len([a for a in wrong if (a.recovered(a.blind) or 0.0) >= TARGET])} of {len(wrong)} reach it.",
+        f"What was chosen on {len(data.clean.labels) // 2} clean slices brings back {TARGET:.0f} % or more of what "
+        f"wrong labels cost in {len(met)} of {len(wrong)} cases",
+        f"The target is {TARGET:.0f} % of the mean overlap that cross-entropy loses, and at most {COST} points lost "
+        f"where all labels are right: there the choice loses {max(kept):.1f} points at most. Without clean slices to "
+        f"learn from, {len([a for a in wrong if (a.recovered(a.blind) or 0.0) >= TARGET])} of {len(wrong)} reach it.",
         tuple(sections),
         {
             "least recovered (%)": round(worst, 1),
@@ -131,15 +131,15 @@ def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
         "without learning from clean slices", "cost on clean labels",
     )  # fmt: skip
     caption = (
-        "Mean intersection over union in per cent, over all classes of the test slices, by labels that nobody corrupted. "
-        "Recovered: of what the error costs cross-entropy. Cost: what the same method with the same parameter loses, in "
-        "points, if all labels are right after all (negative: it gains). "
+        "Mean intersection over union in per cent, over all classes of the test slices, by labels that nobody "
+        "corrupted. Recovered: of what the error costs cross-entropy. Cost: what the same method with the same "
+        "parameter loses, in points, if all labels are right after all (negative: it gains). "
         + ("Intervals: 95 % over the seeds, paired." if settings.seeds > 1 else "One seed, and so no interval.")
     )
     chosen = [i for i, a in enumerate(advices) if (a.recovered(a.best) or 0.0) >= TARGET]
     text = (
-        "With this kind of label error, what should one use, and what does it cost when the labels are clean? Methods and "
-        "parameters are those with the best mIoU on clean slices that are neither in the training nor in the test. "
+        "With this kind of label error, what should one use, and what does it cost when the labels are clean? Methods "
+        "and parameters are those with the best mIoU on clean slices that are neither in the training nor in the test. "
         f"Rows that stand out reach the target of {TARGET:.0f} %."
     )
     return Section("What to use", text, (Table(columns, rows, caption, chosen),))
@@ -174,10 +174,10 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         "subject": "They are slices of one person, correlated among each other, with labels that an algorithm found.",
     }.get(data.name, "They are slices of one person, correlated among each other, with labels that a network found.")
     return (
-        f"{train} slices for training, {test} for the test, {clean} clean ones between them and away from both. {stack} "
-        "Errors fill the given fraction of what is foreground before or after, as near as whole objects allow. Half of "
-        "the clean slices are for learning ('then clean slices' ends with them, forward correction finds its matrix on "
-        "them, 'clean slices alone' has no other), the other half for choosing; they are neighbours of each other, which "
+        f"{train} slices for training, {test} for the test, {clean} clean ones away from both. {stack} Errors fill "
+        "the given fraction of what is foreground before or after, as near as whole objects allow. Half of the clean "
+        "slices are for learning ('then clean slices' ends with them, forward correction finds its matrix on them, "
+        "'clean slices alone' has no other), the other half for choosing; they are neighbours of each other, which "
         "favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense for wrong labels, and 'clean "
         "slices alone' no method for them: neither is ever chosen. All networks learn for the same number of batches. "
         "Networks are certified where a bound is of use; that the labels are right is certified nowhere."

@@ -160,9 +160,9 @@ def certified(
         items.append((f"certified{index}.png", f"radius {size:g}: {share:.0f} % of the pixels"))
         shares.append(share)
     text = (
-        f"{name}, trained by {best.title}, moves its output by at most {at_most(upper)} times a perturbation of the image "
-        "(Euclidean norms). Coloured pixels keep their class under every perturbation of the radius; in the darkest "
-        "colour are those of which this is not proved. The bound is of the network, not of its labels: a network that "
+        f"{name}, trained by {best.title}, moves its output by at most {at_most(upper)} times a perturbation of the "
+        "image (Euclidean norms). Coloured pixels keep their class under every perturbation of the radius; in the "
+        "darkest colour are those of which this is not proved. The bound is of the network, not of its labels: a network that "
         "learned wrong contours keeps them just as firmly. Bounds of the U-Net are too large to certify a pixel."
     )
     return Section("Certified pixels", text, (Pictures(items),))

@@ -112,7 +112,7 @@ def by_class(now: Now, risk_of: Callable[[Tensor], Tensor]) -> Tensor:
 
 def pencil(kappa: float, context: Context) -> Objective:
     """Labels are those of `label_step`, from the running means of predictions."""
-    store = LabelStore(context.given.labels, context.classes, momentum=0.7)
+    store = LabelStore(context.given.labels, context.classes, momentum=0.7, kept=min(3, context.classes))
 
     def objective(now: list[Now]) -> Tensor:
         (one,) = now
@@ -221,7 +221,10 @@ def fit(
             found = network.train()(inputs)
             now.append(Now(found, model.losses(found), labels, images, views, step / steps))
         optimiser.zero_grad(set_to_none=True)
-        (now[0].mean(now[0].losses) if finishing else objective(now)).backward()
+        loss = now[0].mean(now[0].losses) if finishing else objective(now)
+        if model.penalty is not None:
+            loss = loss + torch.stack([model.penalty(network) for network in networks]).sum()
+        loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
     return networks[0].eval()
