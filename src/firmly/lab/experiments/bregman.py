@@ -7,7 +7,7 @@ from typing import Literal
 
 from firmly.lab.experiments import bregman_page as page
 from firmly.lab.experiments.bregman_data import read
-from firmly.lab.experiments.bregman_networks import KINDS, Activation, Budget, Shape
+from firmly.lab.experiments.bregman_networks import KINDS, Activation, Budget, Kind, Shape
 from firmly.lab.experiments.bregman_plane import flow_section, folding_section, region_section
 from firmly.lab.experiments.bregman_robustness import Compared, Effort, compare
 from firmly.lab.page import Page
@@ -62,7 +62,7 @@ def run(settings: BregmanSettings, run_folder: RunFolder, listen: Listener) -> P
     shape = Shape(settings.width, settings.depth, settings.activation)
     split = read(settings.data, settings.train, settings.test, settings.seed)
     decays = (settings.decay, *(d for d in settings.decays if d != settings.decay))
-    done, total = 0, len(decays) * len(KINDS) * settings.seeds
+    done, total = 0, (1 + len(decays) * len(KINDS)) * settings.seeds
 
     def one_more() -> None:
         nonlocal done
@@ -71,10 +71,11 @@ def run(settings: BregmanSettings, run_folder: RunFolder, listen: Listener) -> P
 
     found: list[Compared] = []
     for decay in decays:
+        kinds: tuple[Kind, ...] = KINDS if found else (*KINDS, "BregmaNet, dual")
         budget = Budget(settings.steps, 64, settings.rates, decay)
         effort = Effort(settings.radius, settings.attack_steps, settings.budget_s)
         seeds = range(settings.seed, settings.seed + settings.seeds)
-        found.append(compare(split, shape, budget, effort, seeds, run_folder, settings.data, one_more))
+        found.append(compare(split, shape, budget, effort, seeds, run_folder, settings.data, one_more, kinds))
     ours = found[0]
     sections = [
         page.robustness_section(ours, run_folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from firmly.lab.run_folder import RunFolder
 from firmly.lab.training import Plan, train
 from firmly.networks import BregmaNet
 
-Kind = Literal["MLP", "ResNet", "BregmaNet"]
+Kind = Literal["MLP", "ResNet", "BregmaNet", "BregmaNet, dual"]
 Activation = Literal["tanh", "sigmoid", "softplus"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("MLP", "ResNet", "BregmaNet")
 FUNCTIONS: dict[Activation, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus,
 }  # fmt: skip
@@ -49,7 +49,7 @@ def classifier(kind: Kind, features: int, classes: int, shape: Shape, seed: int)
     """A network x_0 = rho(A x + a), then x+ = rho(W x + b), x + rho(W x + b) or rho(rho^-1(x) + W x + b), then C x + c.
 
     All kinds have the same number of parameters; A and C begin with the same values, and so does every W but for its
-    scale, which is 1 / sqrt(depth) where there is a skip.
+    scale, which is 1 / sqrt(depth) where there is a skip. "BregmaNet, dual" ends with C u + c for u = rho^-1(x).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,8 +63,8 @@ def classifier(kind: Kind, features: int, classes: int, shape: Shape, seed: int)
     scale = 1.0 if kind == "MLP" else 1 / math.sqrt(shape.depth)
     first, last = affine(features, width), affine(width, classes)
     inner = [affine(width, width, scale) for _ in range(shape.depth)]
-    if kind == "BregmaNet":
-        net = BregmaNet(width, shape.depth, shape.activation, form="mixed")
+    if kind in ("BregmaNet", "BregmaNet, dual"):
+        net = BregmaNet(width, shape.depth, shape.activation, form="mixed" if kind == "BregmaNet" else "dual")
         for layer, linear in zip(net.layers, inner):
             layer.linear.weight.data = linear.weight.data  # type: ignore[union-attr]
         return nn.Sequential(first, net, last)
@@ -100,7 +100,7 @@ def fit(
     for rate in budget.rates:
         net = classifier(kind, split.features, split.classes, shape, seed)
         plan = Plan(EPOCHS, max(1, budget.steps // EPOCHS), rate, weight_decay=budget.decay, seed=seed)
-        key = f"{name}-{kind.lower()}-{budget.decay:g}-{rate:g}-{seed}"
+        key = f"{name}-{kind.lower().replace(', ', '-')}-{budget.decay:g}-{rate:g}-{seed}"
         train(
             net, batches(split.train, budget.batch), plan, run, key, loss=nn.functional.cross_entropy,
             validate=lambda n: accuracy(n, split.validation), callback=callback,

@@ -119,12 +119,13 @@ def robustness_section(found: Compared, run: RunFolder) -> Section:
 
 
 def reasons_section(found: Compared, split: Split, run: RunFolder) -> Section:
-    parts = {kind: [parts_of(f.net) for f in found.fitted[kind]] for kind in KINDS}
+    parts = {kind: [parts_of(f.net) for f in fitted] for kind, fitted in found.fitted.items()}
     blocks = [parts_table(found, parts), layers_table(found.fitted["BregmaNet"][0], split)]
     text = (
         "The proved radius is a margin over a constant. In dual coordinates u = ρ⁻¹(x) the BregmaNet is u+ = u + Wρ(u) "
         "+ b, a residual network with the activation before the weights: its skip adds what is not yet activated, and "
         f"its features end inside the range of ρ.\n\n{reason(found, 'ResNet', parts)}\n\n{reason(found, 'MLP', parts)}"
+        f"\n\n{end_of_net(found)}"
     )
     if split.side is None:
         return Section("Why", text, blocks)
@@ -155,6 +156,23 @@ def reason(found: Compared, kind: Kind, parts: dict[Kind, list[tuple[float, floa
     )
 
 
+def end_of_net(found: Compared) -> str:
+    """What the features of the last layer have to do with it: the same network, read before the last activation."""
+    said = []
+    for what, name in (("certified", "proved"), ("attacked", "attacked")):
+        radius = interval(found.means("BregmaNet, dual", what)).mean
+        gains = (signed(found.gain(kind, what, "BregmaNet, dual")) for kind in ("BregmaNet", "ResNet"))
+        said.append(
+            "The mean radius, {}, is {:.3f}: less that of the BregmaNet {}, less that of the ResNet {}.".format(
+                name, radius, *gains
+            )
+        )
+    return (
+        "Is it the last activation? The row 'BregmaNet, dual' is trained alike and ends with Cu + c instead of "
+        f"Cρ(u) + c. {' '.join(said)}"
+    )
+
+
 def median(values: torch.Tensor) -> float:
     return max(float(values.median()), 1e-12)
 
@@ -169,8 +187,7 @@ def parts_of(net: nn.Sequential) -> tuple[float, float, float]:
 
 def parts_table(found: Compared, parts: dict[Kind, list[tuple[float, float, float]]]) -> Table:
     rows = []
-    for kind in KINDS:
-        robust = found.robust[kind]
+    for kind, robust in found.robust.items():
         rows.append((
             kind, mean([median(r.margins) for r in robust]), *(at_most(mean(part)) for part in zip(*parts[kind])),
             at_least(mean([r.constants.lower for r in robust])), at_most(mean([r.constants.upper for r in robust])),

@@ -212,21 +212,20 @@ class Compared(NamedTuple):
         """The mean radius of every seed."""
         return [r.mean(what, self.radius) for r in self.robust[kind]]
 
-    def gain(self, over: Kind, what: What) -> Interval:
-        """The mean radius of BregmaNets less that of another kind, seed by seed."""
-        ours, theirs = self.means("BregmaNet", what), self.means(over, what)
-        return interval([a - b for a, b in zip(ours, theirs)])
+    def gain(self, over: Kind, what: What, of: Kind = "BregmaNet") -> Interval:
+        """The mean radius of one kind less that of another, seed by seed."""
+        return interval([a - b for a, b in zip(self.means(of, what), self.means(over, what))])
 
 
 def compare(
     split: Split, shape: Shape, budget: Budget, effort: Effort, seeds: Sequence[int], run: RunFolder, name: str,
-    after_each: Callable[[], None],
+    after_each: Callable[[], None], kinds: Sequence[Kind] = KINDS,
 ) -> Compared:  # fmt: skip
-    """Train every kind of network with every seed on a split, and find out how robust it is on the test samples."""
-    fitted: dict[Kind, list[Fitted]] = {kind: [] for kind in KINDS}
-    robust: dict[Kind, list[Robustness]] = {kind: [] for kind in KINDS}
+    """Train these kinds of networks with every seed on a split, and find out how robust it is on the test samples."""
+    fitted: dict[Kind, list[Fitted]] = {kind: [] for kind in kinds}
+    robust: dict[Kind, list[Robustness]] = {kind: [] for kind in kinds}
     for seed in seeds:
-        for kind in KINDS:
+        for kind in kinds:
             fitted[kind].append(fit(kind, split, shape, budget, seed, run, name))
             robust[kind].append(robustness(fitted[kind][-1].net, split.test, effort, seed))
             after_each()
