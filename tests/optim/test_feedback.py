@@ -46,6 +46,18 @@ def test_a_chunk_starts_over_and_keeps_the_first_loss():
     assert feedback.update(0.4) == pytest.approx(0.02 * 0.4 / 2 + 0.05 * 0.2 / 2)
 
 
+def test_a_chunk_may_start_at_another_rate():
+    feedback = make()
+    feedback.update(1.0)
+    assert feedback.restart(0.05) == 0.05
+    assert [feedback.update(loss) for loss in (0.9, 0.8, 0.85)] == pytest.approx([0.1, 0.2, 0.1])
+    assert feedback.update(0.7) == pytest.approx(0.1 * 0.7 + 0.05 * 0.15)
+    assert feedback.base_rates == [0.01]
+    for bad in (0.0, math.nan):
+        with pytest.raises(SettingsError):
+            feedback.restart(bad)
+
+
 def test_hold_keeps_the_rate_while_the_loss_falls():
     feedback = make(hold=True)
     rates = [feedback.update(loss) for loss in (1, 0.8, 0.9, 0.7, 0.6, 0.65)]

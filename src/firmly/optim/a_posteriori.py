@@ -59,7 +59,7 @@ class APosteriori(Optimizer):
         first = 1 - leakage + d1 + c1
         if not first > 0:
             raise SettingsError(f"extrapolation needs 1 - leakage + d1 + c1 > 0, given {gain} and leakage {leakage}")
-        self.floor = floor
+        self.gain, self.floor = gain, floor
         self._filter: Dag | None = None
         super().__init__(params, {"lr": lr})
         self._filter = Dag(

@@ -71,18 +71,21 @@ class Feedback:
         self.rate = self.base_rates[0]
         self.first_loss: float | None = None
         self._answers = [[0.0, 0.0], [0.0, 0.0]]  # sums of eta * fall of the loss and of eta^2, for each loop model
-        self._begin()
+        self._begin(self.rate)
 
-    def _begin(self) -> None:
+    def _begin(self, rate: float) -> None:
+        self.start = rate
         self.passes = 0
         self.proportional: float | None = None  # K_P; None in the E phase
         self._losses: list[float] = []  # the last two of this chunk
         self._rates: list[float] = []  # those that they were reached with
 
-    def restart(self) -> float:
-        """A new chunk of data, or a change in it: back to the E phase at eta0, which is returned."""
-        self._begin()
-        return self._apply(self.base_rates[0])
+    def restart(self, rate: float | None = None) -> float:
+        """A new chunk of data, or a change in it: the E phase begins again at `rate`, by default eta0; returns it."""
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise SettingsError(f"an exponential phase begins at a positive, finite rate, given {rate!r}")
+        self._begin(self.base_rates[0] if rate is None else rate)
+        return self._apply(self.start)
 
     def update(self, loss: float | Tensor) -> float:
         """The loss of a completed pass; sets the rate of the next one and returns it (of the first group)."""
@@ -103,10 +106,10 @@ class Feedback:
 
     def _next_rate(self) -> float:
         assert self.first_loss is not None
-        start, last = self.base_rates[0], self._losses[-1]
+        last = self._losses[-1]
         fall = self._losses[0] - last
         if self.proportional is None:
-            doubled = start * 2**self.passes
+            doubled = self.start * 2**self.passes
             if fall >= 0 and doubled <= self.ceiling:
                 return doubled
             self.proportional = doubled / 4
@@ -114,7 +117,7 @@ class Feedback:
         if self.hold and fall > 0:
             return self.rate
         proportional = self.proportional * last / self.first_loss
-        rate = proportional + start * self.derivative * fall / self.first_loss
+        rate = proportional + self.base_rates[0] * self.derivative * fall / self.first_loss
         return rate if rate >= 0 else proportional
 
     def _apply(self, rate: float) -> float:
@@ -151,7 +154,7 @@ class Feedback:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimiser, whose own state_dict is saved beside it."""
-        names = ("base_rates", "rate", "first_loss", "passes", "proportional", "_losses", "_rates")
+        names = ("base_rates", "rate", "first_loss", "passes", "start", "proportional", "_losses", "_rates")
         state = {name.lstrip("_"): getattr(self, name) for name in names}
         state = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
         return {**state, "answers": [list(sums) for sums in self._answers]}
@@ -160,6 +163,7 @@ class Feedback:
         """Continues where `state_dict` was taken, rate included."""
         self.base_rates = list(state["base_rates"])
         self.first_loss, self.passes, self.proportional = state["first_loss"], state["passes"], state["proportional"]
+        self.start = state["start"]
         self._losses, self._rates = list(state["losses"]), list(state["rates"])
         self._answers = [list(sums) for sums in state["answers"]]
         self._apply(state["rate"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from firmly.errors import SettingsError
+from firmly.optim.a_posteriori import APosteriori
 from firmly.optim.change_detection import PageHinkley
 from firmly.optim.events import LossEvent
 from firmly.optim.feedback import Feedback
@@ -31,7 +32,7 @@ class StreamLearner:
     For every batch: outputs and loss (scored before anything is learned); a backward pass and a step, unless `event`
     finds the loss small; at the end of every `window` batches `feedback` gets their mean loss and sets the rate; where
     `change` finds that the level of the loss rose, feedback and event start over, that is, the rate climbs
-    exponentially again from where the optimiser began. The model runs in the mode that it is in.
+    exponentially again, from the gain that the feedback had found. The model runs in the mode that it is in.
 
     `backwards` and `skipped` count what was spent and saved, `changes` are the batches of the alarms. Optimisers whose
     `step` takes the loss (`APosteriori`, `PolyakStep`) get it. `state_dict` holds all but model and optimiser.
@@ -64,18 +65,19 @@ class StreamLearner:
         model: nn.Module,
         criterion: Callable[[Tensor, Tensor], Tensor],
         lr: float = 1e-2,
-        window: int = 50,
+        window: int = 20,
         threshold: float = 0.0,
         ceiling: float = 1.0,
     ) -> StreamLearner:
-        """All parts together: Nesterov's filter at momentum 1/2, which is positive real, feedback, events and alarms.
+        """All parts together: a-posteriori steps through Nesterov's filter, feedback, events and alarms.
 
-        `lr` is the rate that a constant gradient sees, and `ceiling` that of the exponential phase. `threshold` is that
-        of `LossEvent`; by default every batch is learned from.
+        The filter has momentum 1/2, the most that is positive real; the steps survive a rate that the exponential phase
+        has made too large. `lr` is the rate that a constant gradient sees, and `ceiling` that of the exponential phase.
+        `threshold` is that of `LossEvent`; by default every batch is learned from. The criterion is not negative.
         """
-        filter_ = nesterov(0.5)
-        optimizer = filter_(model.parameters(), lr / (filter_.scale * filter_.gain.dc_gain()))
-        feedback = Feedback(optimizer, ceiling=ceiling * optimizer.param_groups[0]["lr"] / lr)
+        gain = nesterov(0.5).gain
+        optimizer = APosteriori(model.parameters(), lr / gain.dc_gain(), gain)
+        feedback = Feedback(optimizer, ceiling=ceiling / gain.dc_gain())
         event = LossEvent(threshold) if threshold else None
         return cls(model, criterion, optimizer, feedback, event, PageHinkley(), window)
 
@@ -110,7 +112,8 @@ class StreamLearner:
 
     def _restart(self) -> None:
         if self.feedback is not None:
-            self.feedback.restart()
+            # the gain that worked before is a better place to begin than the first guess
+            self.feedback.restart(self.feedback.proportional)
         if self.event is not None:
             self.event.restart()
         self._window_sum, self._window_count = 0.0, 0
