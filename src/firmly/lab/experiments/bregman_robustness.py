@@ -60,7 +60,8 @@ def constants(net: nn.Sequential, budget_s: float) -> Constants:
 def with_fewer_inputs(net: nn.Sequential, budget_s: float) -> tuple[nn.Sequential, float]:
     """M(R' z) for M(A x), A = R'Q' with orthonormal columns of Q: the same constants, up to a slack for rounding.
 
-    Only if A has more columns than rows; |A - R'Q'| times a bound of M is the slack.
+    Only if A has more columns than rows; |A - R'Q'| times a bound of M is the slack. Bounds hold for any bias, so that
+    it does not matter which points R' reaches.
     """
     first = net[0]
     assert isinstance(first, nn.Linear)
