@@ -83,7 +83,7 @@ def proof_section() -> Section:
     for name, preset in FILTERS.items():
         gain, scale = preset.gain, preset.scale
         rows.append((
-            name, number(dc_gain(preset)), number(gain.spr_margin()), number(gain.pr_margin()),
+            name, number(dc_gain(preset)), f"{gain.spr_margin():.3f}", f"{gain.pr_margin():.3f}",
             _below(gain.sector_limit() / scale), _below(gain.quadratic_limit() / scale),
         ))  # fmt: skip
     columns = ("method", "DC gain", "SPR margin", "PR margin", "rate × L, any change", "rate × L, fixed quadratic")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from firmly.errors import SettingsError
-from firmly.lab.charts import Line, number
+from firmly.lab.charts import Line
 from firmly.lab.experiments.optim_data import Stream
 from firmly.lab.experiments.optim_scores import kappa_temporal
 from firmly.lab.page import Chart, Section, Table
@@ -95,7 +95,7 @@ def linear_section(stream: Stream, listen: Listener) -> Section:
         best = max(swept.accuracies)
         rows.append((
             name, f"{100 * best:.1f}", f"{100 * min(swept.accuracies):.1f}", f"{100 * swept.spread:.1f}",
-            kappa_temporal(best, stream.no_change), None if gain is None else number(gain.pr_margin()),
+            f"{kappa_temporal(best, stream.no_change):.2f}", None if gain is None else f"{gain.pr_margin():.3f}",
             None if gain is None else "every rate" if gain.pr() else limit(gain, phi),
         ))  # fmt: skip
     columns = ("method", "best, %", "worst, %", "spread", "kappa of the best", "PR margin", "proved stable")

@@ -208,8 +208,7 @@ def hybrid(threshold: float) -> Callable[[nn.Module, float, Horizon], StreamLear
     """The hybrid of `StreamLearner`; base rates above its ceiling are their own ceiling."""
 
     def stream(net: nn.Module, rate: float, horizon: Horizon) -> StreamLearner:
-        ceiling = max(1.0, rate)
-        return StreamLearner.hybrid(net, cross_entropy, rate, horizon.window, threshold, ceiling)
+        return StreamLearner.hybrid(net, cross_entropy, rate, threshold=threshold, ceiling=max(1.0, rate))
 
     return stream
 

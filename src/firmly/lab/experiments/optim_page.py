@@ -83,18 +83,26 @@ def told(data: Split | Stream, found: Sequence[Compared]) -> str:
             f"{data.told}: {len(data.train.x)} samples to learn, {len(data.validation.x)} to choose the rate, "
             f"{len(data.test.x)} for the test."
         )
-    return f"{text} {verdict(found)}"
+    return f"{text} {verdict(found)} {recovers(data, found)}".rstrip()
 
 
 def verdict(found: Sequence[Compared]) -> str:
     ours, peer = best(found, True), best(found, False)
     gained = gain(ours, peer)
-    half = "" if math.isinf(gained.half) else f" ± {gained.half:.2f}"
     said = "better" if gained.mean > gained.half else "worse" if gained.mean < -gained.half else "not told apart"
     return (
         f"Of ours the choosing samples prefer {ours.method.name}, of the others {peer.method.name}; ours is {said} "
-        f"({gained.mean:+.2f}{half} points)."
+        f"({signed(gained)} points)."
     )
+
+
+def recovers(data: Split | Stream, found: Sequence[Compared]) -> str:
+    """How fast, where there are drifts: the preferred of ours, Adam and SGD with a cosine."""
+    if not isinstance(data, Stream) or not found[0].runs[0].recovery:
+        return ""
+    methods = [best(found, True), named(found, "Adam"), named(found, "SGD, cosine")]
+    times = [f"{c.method.name} {mean(to_adam(data, found, c)):.0f}" for c in methods]
+    return f"Samples from a drift to 95% of what tuned Adam knew before it: {', '.join(times)}."
 
 
 def pick(found: Sequence[Compared]) -> list[Compared]:
@@ -127,7 +135,6 @@ def fixed_table(found: Sequence[Compared]) -> Table:
 
 def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
     drifts = bool(found[0].runs[0].recovery)
-    levels = adam_levels(stream, found) if drifts else []
     rows = []
     for c in found:
         row = [
@@ -135,8 +142,7 @@ def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
             shown([r.near_future or 0.0 for r in c.runs]),
         ]  # fmt: skip
         if drifts:
-            times = [mean(reached(r.curve, stream.drifts, at, len(stream.x))) for r, at in zip(c.runs, levels)]
-            row += [f"{mean([r.recovery or 0.0 for r in c.runs]):.0f}", f"{mean(times):.0f}"]
+            row += [f"{mean([r.recovery or 0.0 for r in c.runs]):.0f}", f"{mean(to_adam(stream, found, c)):.0f}"]
         rows.append(tuple(row))
     recovery = ("to own level", "to Adam’s level") if drifts else ()
     columns = ("method", "rate", "accuracy, %", "kappa", "ahead, %", *recovery)
@@ -176,13 +182,13 @@ NOTES = (
 )
 
 
-def adam_levels(stream: Stream, found: Sequence[Compared]) -> list[list[float]]:
-    """For every seed, the accuracy of tuned Adam in the window before each drift."""
-    levels = []
-    for r in named(found, "Adam").runs:
-        before = [[accuracy for end, accuracy in r.curve if end <= drift] for drift in stream.drifts]
-        levels.append([values[-1] if values else 1.0 for values in before])
-    return levels
+def to_adam(stream: Stream, found: Sequence[Compared], method: Compared) -> list[float]:
+    """For every seed, the mean time from a drift to the level that tuned Adam had in the window before it."""
+    times = []
+    for adam, run in zip(named(found, "Adam").runs, method.runs):
+        levels = [next(value for end, value in reversed(adam.curve) if end <= drift) for drift in stream.drifts]
+        times.append(mean(reached(run.curve, stream.drifts, levels, len(stream.x))))
+    return times
 
 
 def rate_of(found: Compared) -> str:
@@ -273,26 +279,29 @@ def goal(shared: Sequence[Shared]) -> str:
 
 
 def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
-    rows = []
+    """Every one of ours beside the peer that the choosing samples prefer, task by task."""
+    names = [c.method.name for c in next(iter(found.values())) if c.method.role == "ours"]
+    peers = {task: best(compared, False) for task, compared in found.items()}
+    gained = {(n, task): gain(named(c, n), peers[task]) for n in names for task, c in found.items()}
+    rows = [(n, *(signed(gained[n, task]) for task in found)) for n in names]
+    lost = [f"{n} on {task}" for (n, task), by in gained.items() if by.mean < -by.half]
+    areas = []
     for task, compared in found.items():
-        ours, peer = best(compared, True), best(compared, False)
-        gained = gain(ours, peer)
-        half = math.inf if math.isinf(gained.half) else gained.half
-        rows.append((
-            task, ours.method.name, shown(scores(ours)), peer.method.name, shown(scores(peer)), f"{gained.mean:+.2f}",
-            "one seed says nothing" if math.isinf(half) else "ours" if gained.mean > half else
-            "the other" if gained.mean < -half else "not decided",
-            f"{area_of(ours) - max(area_of(c) for c in compared if c.method.role == 'other'):+.1f}",
-        ))  # fmt: skip
-    columns = ("task", "ours", "accuracy, %", "best of the others", "accuracy, %", "difference", "better",
-               "area, less the greatest of the others")  # fmt: skip
-    lost = [r[0] for r in rows if r[6] == "the other"]
-    text = (
-        f"Ours lose on {', '.join(lost)}."
-        if lost
-        else "On no task is the difference to the best of the others certain and against ours."
+        ours, peer = (max((c for c in compared if c.method.role == role), key=area_of) for role in ("ours", "other"))
+        if area_of(ours) < area_of(peer):
+            areas.append(
+                f"on {task}, {ours.method.name} with {area_of(ours):.1f} to {area_of(peer):.1f} of {peer.method.name}"
+            )
+    text = f"Certain, at 95% over the seeds: {'; '.join(lost) or 'none'}. "
+    text += f"Less area over the rates than the best peer: {'; '.join(areas) or 'nowhere'}. {goal(shared)}"
+    caption = (
+        "Points of accuracy, less those of " + ", ".join(f"{c.method.name} on {t}" for t, c in peers.items()) + "."
     )
-    return Section("Where ours lose", f"{text} {goal(shared)}", (Table(columns, rows),))
+    return Section("Where ours lose", text, (Table(("method", *found), rows, caption),))
+
+
+def signed(value: Interval) -> str:
+    return f"{value.mean:+.2f}" + ("" if math.isinf(value.half) else f" ± {value.half:.2f}")
 
 
 # -- the answer ------------------------------------------------------------------------------------------------------
