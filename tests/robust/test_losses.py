@@ -87,6 +87,18 @@ def test_closed_forms():
     assert torch.allclose(fr.forward_correction(LOGITS, T), -noisy.log())
 
 
+def test_a_label_that_no_class_has_costs_infinitely_and_spoils_no_gradient():
+    transition = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.8, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    losses = fr.forward_correction(logits, transition)
+    assert bool(losses[:, 2].isinf().all())
+    labels = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
+    (gradient,) = torch.autograd.grad(fr.of_labels(losses, labels).sum(), logits)
+    noisy = torch.einsum("bjn,jk->bkn", logits.softmax(1), transition).gather(1, labels[:, None])
+    (expected,) = torch.autograd.grad(-noisy.log().sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_uniform_noise_moves_no_minimiser_of_bounded_losses():
     for loss in (fr.mean_absolute_error(LOGITS), fr.active_passive(LOGITS)):
         total = loss.sum(1)

@@ -85,14 +85,17 @@ def active_passive(logits: Tensor, active: float = 1.0, passive: float = 1.0, fl
 
 
 def forward_correction(logits: Tensor, transition: Tensor) -> Tensor:
-    """l_k = -log sum_j p_j T_jk, the cross-entropy of the noisy label; T_jk = P(label k | true class j).
+    """l_k = -log sum_j p_j T_jk, the cross-entropy of the noisy label; T_jk = P(label k | true class j). Infinite for
+    labels k that no class has.
 
     Source: Patrini, Rozza, Menon, Nock and Qu, Making deep neural networks robust to label noise: a loss correction
     approach, 2017, theorem 2.
     """
     T = stochastic(transition, logits)
-    joint = log_probabilities(logits).unsqueeze(2) + T.log().reshape(1, *T.shape, *[1] * (logits.dim() - 2))
-    return -joint.logsumexp(1)
+    possible = (T > 0).any(0)  # a label that no class has: infinite losses, whose gradient would be NaN
+    logarithms = torch.where(possible, T, 1).log().reshape(1, *T.shape, *[1] * (logits.dim() - 2))
+    losses = -(log_probabilities(logits).unsqueeze(2) + logarithms).logsumexp(1)
+    return torch.where(possible.reshape(1, -1, *[1] * (logits.dim() - 2)), losses, torch.inf)
 
 
 def backward_correction(losses: Tensor, transition: Tensor) -> Tensor:
