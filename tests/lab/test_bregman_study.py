@@ -45,6 +45,9 @@ def test_networks_are_their_formulas(activation, generator):
             z = x @ W.mT + (layer.bias if kind == "BregmaNet" else layer.linear.bias)
             x = rho(z) if kind == "MLP" else x + rho(z) if kind == "ResNet" else rho(rho.inverse(x) + z)
         torch.testing.assert_close(net(data), net[2](x), rtol=1e-9, atol=1e-9)
+        if kind == "BregmaNet":
+            dual = classifier("BregmaNet, dual", 4, 3, shape, 0).double()
+            torch.testing.assert_close(dual(data), net[2](rho.inverse(x)), rtol=1e-7, atol=1e-7)
     assert len(sizes) == 1
 
 
