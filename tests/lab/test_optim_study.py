@@ -195,6 +195,8 @@ def test_runs_go_on_where_they_stopped(tmp_path):
 
 def test_a_network_that_diverges_is_counted(tmp_path):
     kept = Kept(RunFolder(tmp_path), "x", lambda: None)
+    lost = kept.run(read("spirals", OptimSettings(train=40, test=20)), SGD, 1e30, 1, SIZE)
+    assert lost.diverged and lost.chosen_by[1] > 1e6 and len(lost.curve) == 2
     stream = electricity(400, 0.3)
     bad = kept.run(stream, SGD, 1e30, 0, SIZE)
     good = kept.run(stream, SGD, 0.1, 0, SIZE)
@@ -202,6 +204,8 @@ def test_a_network_that_diverges_is_counted(tmp_path):
     assert bad.score < 0.8 and choice([bad, good]) == good
     assert good.forward == good.backward == 40 and bad.backward < 40
     assert len(good.curve) == len(bad.curve) == 20
+    later = torch.cat([stream.labels[10 * (t + 2) : 10 * (t + 3)] for t in range(12, 38, 2)])
+    assert bad.near_future == pytest.approx(float((later == 0).double().mean()))
 
 
 # -- the linear model -------------------------------------------------------------------------------------------------

@@ -136,11 +136,10 @@ def _on_fixed(split: Split, method: Method, rate: float, seed: int, size: Size) 
     for epoch in range(size.epochs):
         began = time.perf_counter()
         order = torch.randperm(len(split.train.x), generator=generator)
-        losses = [learner.learn(split.train.x[i], split.train.labels[i])[1] for i in order.split(size.batch)]
-        diverged = not _told(learner, losses)
+        if not diverged:
+            losses = [learner.learn(split.train.x[i], split.train.labels[i])[1] for i in order.split(size.batch)]
+            diverged = not _told(learner, losses)
         seconds += time.perf_counter() - began
-        if diverged:
-            break
         with learner.predicting():
             curve.append(((epoch + 1.0) * len(order), _judged(net, split.test)[0]))
     with learner.predicting():
@@ -183,18 +182,19 @@ def _on_stream(stream: Stream, method: Method, rate: float, seed: int, size: Siz
             if diverged:
                 hits.append(labels == 0)
                 losses.append(LOST)
-                continue
-            began = time.perf_counter()
-            outputs, loss = learner.learn(x, labels)
-            seconds += time.perf_counter() - began
-            hits.append(outputs.argmax(1) == labels)
-            losses.append(loss if math.isfinite(loss) else LOST)
-            here.append(loss)
-            diverged = not math.isfinite(loss)
+            else:
+                began = time.perf_counter()
+                outputs, loss = learner.learn(x, labels)
+                seconds += time.perf_counter() - began
+                hits.append(outputs.argmax(1) == labels)
+                losses.append(loss if math.isfinite(loss) else LOST)
+                here.append(loss)
+                diverged = not math.isfinite(loss)
             if t >= first and t % size.ahead == 0 and t + size.ahead < len(pieces):
                 later, answers = pieces[t + size.ahead]
                 with learner.predicting():
-                    future.append(float((net(later).argmax(1) == answers).double().mean()))
+                    guessed = torch.zeros_like(answers) if diverged else net(later).argmax(1)
+                future.append(float((guessed == answers).double().mean()))
         diverged = diverged or not _told(learner, here)
     correct, start = torch.cat(hits), first * size.batch
     chosen_by = (float(correct[:start].double().mean()), sum(losses[:first]) / first)
