@@ -189,8 +189,8 @@ def test_attacks_stop_when_done():
 def test_what_cannot_be_reached_does_not_overflow():
     x, labels = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 4, 4, dtype=torch.long)
     certain = nn.Conv2d(3, 3, 1)
-    nn.init.eye_(certain.weight.data[:, :, 0, 0])
-    certain.bias.data = torch.tensor([100.0, 0.0, 0.0])
+    state = {"weight": torch.eye(3)[:, :, None, None], "bias": torch.tensor([100.0, 0.0, 0.0])}
+    certain.load_state_dict(state)
     for constraint in (logit_ratio, logit_lead):
         found = AlmaProx(steps=300, step=0.01, constraint=constraint)(certain, x, labels)
         assert not bool(found.success.any()) and float(found.apsr) == 0 and bool(found.images.isfinite().all())

@@ -15,7 +15,7 @@ def attack_penalty(y: Tensor, mu: Tensor | float, rho: Tensor | float) -> Tensor
     form for y >= 0 is P_3 of Birgin, Castillo and Martinez, Numerical comparison of augmented Lagrangian algorithms for
     nonconvex problems, 2005.
     """
-    mu, rho = torch.as_tensor(mu).to(y), torch.as_tensor(rho).to(y)
+    mu, rho = (torch.as_tensor(value, dtype=y.dtype, device=y.device) for value in (mu, rho))
     over, under = y.clamp(min=0), y.clamp(max=0)
     rising = mu * over + mu * rho * over**2 + rho**2 * over**3 / 6
     return torch.where(y >= 0, rising, mu * under / (1 - rho.clamp(min=1) * under))
@@ -27,7 +27,7 @@ def penalty_slope(y: Tensor, mu: Tensor | float, rho: Tensor | float) -> Tensor:
     The code released with the paper returns mu y + ... in the place of mu + ... where constraints are violated, which
     leaves those just violated almost without a gradient; this is the derivative of `attack_penalty`.
     """
-    mu, rho = torch.as_tensor(mu).to(y), torch.as_tensor(rho).to(y)
+    mu, rho = (torch.as_tensor(value, dtype=y.dtype, device=y.device) for value in (mu, rho))
     over, under = y.clamp(min=0), y.clamp(max=0)
     return torch.where(
         y >= 0, mu + 2 * mu * rho * over + rho**2 * over**2 / 2, mu / (1 - rho.clamp(min=1) * under) ** 2
