@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -135,6 +136,44 @@ def test_warnings_schedules_and_the_end():
     known = len(monitor.history)
     step(1.0), step(1.0)
     assert len(monitor.history) == known
+
+
+def test_it_falls_from_wherever_it_starts_to_read():
+    """Attached in the middle, and going on from a loaded state."""
+    x, gain = nn.Parameter(torch.linspace(-3, 4, 6, dtype=torch.float64)), GAINS[5]
+    optimiser, field = (
+        Dag([x], 0.9 * gain.sector_limit(), gain.zeros, gain.poles),
+        gradient_with_slopes(6, 1e-3, 1.0, 2),
+    )
+
+    def step(optimiser, x):
+        x.grad = field(x.detach())
+        optimiser.step()
+
+    for _ in range(20):
+        step(optimiser, x)
+    monitor = LyapunovMonitor(optimiser, window=1)
+    y = nn.Parameter(x.detach().clone())
+    other = Dag([y], 1.0)
+    resumed = LyapunovMonitor(other, window=1)
+    other.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for _ in range(50):
+        step(optimiser, x)
+        step(other, y)
+    assert monitor.history == resumed.history
+    assert (np.diff(monitor.history) <= 0).all()
+
+
+def test_groups_may_stand_still_or_nearly():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    rates = (0.1, 0.0, 1e-12)
+    optimiser = Dag([{"params": [p], "lr": lr} for p, lr in zip(params, rates)], poles=(0.9,))
+    monitor = LyapunovMonitor(optimiser, window=1)
+    for _ in range(3):
+        for p in params:
+            p.grad = p.detach().clone()
+        optimiser.step()
+    assert len(monitor.history) == 3
 
 
 def test_complex_parameters_and_rests_of_the_model_without_gradients():

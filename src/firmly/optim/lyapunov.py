@@ -20,6 +20,7 @@ from firmly.optim.dag import Dag
 from firmly.optim.rate import is_positive_definite, state_space
 
 _FLATTEST = 1e-3  # m / L: the storage function is strict
+_SLOWEST = 1e-3  # of the greatest share of a group: below, a storage function is too badly conditioned to be found
 _SHARE = 0.9  # of the sector limit, at which the storage function becomes singular
 
 
@@ -77,12 +78,13 @@ class LyapunovMonitor:
 
     What is proved: while the rate is constant and weight decay not decoupled, V falls in every step if the gradients
     are those of one function with slopes in [m, L], L = `slope_limit()`, m = L / 1000 (`sector_storage`; no minimiser
-    has to be known). So a V that grows shows that slopes left that interval, or that gradients changed for another
-    reason, such as another batch. What is not: V may grow for a while although a quadratic is stable, and noise keeps
-    it level; a falling V says nothing about the next step. Therefore the warning is for growth that lasts: the mean of
-    V over `window` steps exceeds `growth` times the mean before, three windows in a row, or is not finite. Changes
-    along a direction that became unstable outgrow those of the slow directions, which make up the loss, so that V
-    shows them earlier. A run that blows up within the first four windows is over before that.
+    has to be known; groups more than 1000 times slower than others are followed without proof). So a V that grows
+    shows that slopes left that interval, or that gradients changed for another reason, such as another batch.
+    What is not: V may grow for a while although a quadratic is stable, and noise keeps it level; a falling V says
+    nothing about the next step. Therefore the warning is for growth that lasts: the mean of V over `window` steps
+    exceeds `growth` times the mean before, three windows in a row, or is not finite. Changes along a direction that
+    became unstable outgrow those of the slow directions, which make up the loss, so that V shows them earlier. A run
+    that blows up within the first four windows is over before that.
 
     `history` holds the means of all windows. V is in units of the gradient, so that schedules do not change it. The
     monitor costs one buffer (none for plain gradient steps), two or three inner products per step, and one transfer
@@ -102,7 +104,11 @@ class LyapunovMonitor:
         self._oldest: dict[Tensor, Tensor] = {}
         self._warned = False
         self._forms()  # refuses now what it could not follow later
-        self._hook = optimiser.register_step_post_hook(lambda *_: self._read())
+        self._remember()
+        self._hooks = [
+            optimiser.register_step_post_hook(lambda *_: self._read()),
+            optimiser.register_load_state_dict_post_hook(lambda *_: self._remember()),
+        ]
 
     def slope_limit(self) -> float:
         """L: with the present rate V provably falls for slopes up to here."""
@@ -111,8 +117,15 @@ class LyapunovMonitor:
 
     def detach(self) -> None:
         """Stops listening to the optimiser and frees the buffer."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._oldest.clear()
+
+    def _remember(self) -> None:
+        """Copies the buffers that the next step overwrites."""
+        for p, state in self.optimiser.state.items():
+            if "filtered" in state:
+                self._oldest[p] = state.get("filtered_before", state["filtered"]).clone()
 
     def _moving(self) -> list[tuple[dict[str, Any], AdaptationGain]]:
         groups = [(group, AdaptationGain(group["zeros"], group["poles"])) for group in self.optimiser.param_groups]
@@ -127,7 +140,7 @@ class LyapunovMonitor:
         limits = [float(group["lr"]) / gain.sector_limit() for group, gain in moving]
         forms = []
         for (group, gain), share in zip(moving, limits, strict=True):
-            lr = _SHARE * round(share / max(limits), 6) * gain.sector_limit()
+            lr = _SHARE * max(share / max(limits), _SLOWEST) * gain.sector_limit()  # times L, one L for all groups
             n = gain.order + 1
             change = np.array([[-lr, -lr * gain.zeros[0], -lr * gain.zeros[1]], [1, -1, 0], [0, 1, -1]])[:n, :n]
             forms.append((group, change.T @ sector_storage(gain, lr) @ change))
