@@ -13,6 +13,7 @@ from firmly.robust.baselines import (
     transition_from_anchors,
     transition_from_clean,
 )
+from firmly.robust.contours import contour_offsets, move_contours
 from firmly.robust.dag import DAG
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
@@ -95,6 +96,7 @@ __all__ = [
     "boundary_distance",
     "certified_iou",
     "co_trained",
+    "contour_offsets",
     "cross_entropy",
     "early_learning",
     "forward_correction",
@@ -110,6 +112,7 @@ __all__ = [
     "margin_loss",
     "mean_absolute_error",
     "mean_iou",
+    "move_contours",
     "normalised_dice",
     "of_labels",
     "ordinal_cost",

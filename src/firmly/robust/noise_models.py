@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from firmly.errors import DataError, SettingsError
+from firmly.robust.contours import move_contours
 from firmly.robust.losses import VOID
 
 BISECTIONS = 14
@@ -64,8 +64,7 @@ class LabelNoise:
 class BoundaryShift(LabelNoise):
     """Contours at the wrong place: the `grown` classes are dilated by `amount` pixels, eroded where it is negative.
 
-    With s_k the signed distance to the contour of class k (positive inside), the new class is that of the largest
-    s_k + 2 amount 1[k grown]: a contour between a grown class and another moves by `amount`, the others stay.
+    `move_contours` with this offset: a contour between a grown class and another moves by `amount`, the others stay.
     `grown=None` is every class but background, so that only outer contours move.
     """
 
@@ -75,9 +74,8 @@ class BoundaryShift(LabelNoise):
         grown = range(1, classes) if self.grown is None else self.grown
         if not all(0 <= k < classes for k in grown):
             raise SettingsError(f"grown classes lie between 0 and {classes - 1}, given {tuple(grown)}")
-        present = [int(k) for k in image[known].unique()]
-        heights = [signed_distance((image == k) & known) + 2 * self.amount * (k in grown) for k in present]
-        return torch.tensor(present)[torch.stack(heights).argmax(0)]
+        offsets = torch.tensor([self.amount * (k in grown) for k in range(classes)])
+        return move_contours(torch.where(known, image, VOID)[None], offsets)[0]
 
 
 @dataclass(frozen=True)
@@ -272,18 +270,6 @@ def valid_labels(labels: Tensor, classes: int, void: int = VOID) -> Tensor:
 def check_probability(noise: LabelNoise) -> None:
     if not 0 <= noise.amount <= 1:
         raise SettingsError(f"the amount of {type(noise).__name__} is a probability, given {noise.amount}")
-
-
-def signed_distance(inside: Tensor) -> Tensor:
-    """The distance to the outside where inside, minus the distance to the inside where outside; in pixels, float64."""
-    from scipy.ndimage import distance_transform_edt
-
-    edt: Callable[..., Any] = distance_transform_edt
-    if bool(inside.all()):
-        return torch.full(inside.shape, float(sum(inside.shape)), dtype=torch.float64)
-    array = inside.numpy()
-    distance = torch.from_numpy(edt(array) - edt(~array))
-    return distance - 0.5 * distance.sign()  # contours run between pixels
 
 
 def connected(inside: Tensor) -> tuple[Tensor, int]:

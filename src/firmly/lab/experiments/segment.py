@@ -40,7 +40,7 @@ class SegmentSettings:
     couplings: tuple[float, ...] = (0.0, 0.2)
     steps: int = 200
     seeds: int = 1
-    radius: float = 0.05
+    radius: float = 0.001
     certify_seconds: float = 10.0
     seed: int = 0
     threads: int = 0

@@ -14,7 +14,6 @@ from firmly.segment import EntropicTV, PixelFeatures, UNet, monotone_segmenter, 
 
 ModelName = Literal["U-Net", "logistic-TV", "SVM-TV", "unrolled", "implicit"]
 SCALES = (1.0, 2.0)
-C = 1000.0  # of the classical models
 SMALLEST = 1e-6  # a probability whose logarithm is a score
 
 
@@ -23,7 +22,7 @@ class Model:
     """`build(classes, inputs)` is trained, on inputs = seen(images); `losses` are of every class, from its scores.
 
     `coupled`: an `EntropicTV` follows the scores, whose coupling is chosen on clean slices; `crop`: it learns from
-    parts of images, of any size; `penalty` is added to the mean loss.
+    parts of images, of any size.
     """
 
     name: ModelName
@@ -33,7 +32,6 @@ class Model:
     learning_rate: float
     coupled: bool = False
     crop: bool = True
-    penalty: Callable[[nn.Module], Tensor] | None = None
 
     @property
     def probabilistic(self) -> bool:
@@ -77,13 +75,6 @@ def linear(classes: int, inputs: Tensor) -> nn.Module:
     return nn.Sequential(standard.requires_grad_(False), read)
 
 
-def ridge(network: nn.Module) -> Tensor:
-    """|W|^2 / (2 C) with W the weights of the features themselves: bounds of the scores grow with it."""
-    standard, read = network.children()
-    assert isinstance(standard, nn.Conv2d) and isinstance(read, nn.Conv2d)
-    return (read.weight.flatten(1) * standard.weight.flatten()).square().sum() / (2 * C)
-
-
 def unet(classes: int, inputs: Tensor) -> nn.Module:
     return UNet(1, classes, width=8)
 
@@ -101,8 +92,8 @@ MODELS = {
     model.name: model
     for model in (
         Model("U-Net", unet, as_they_are, cross_entropy, 2e-2),
-        Model("logistic-TV", linear, features, cross_entropy, 1.0, coupled=True, penalty=ridge),
-        Model("SVM-TV", linear, features, hinge, 1.0, coupled=True, penalty=ridge),
+        Model("logistic-TV", linear, features, cross_entropy, 1.0, coupled=True),
+        Model("SVM-TV", linear, features, hinge, 1.0, coupled=True),
         Model("unrolled", unrolled, as_they_are, cross_entropy, 1e-2, crop=False),
         Model("implicit", implicit, as_they_are, cross_entropy, 1e-2, crop=False),
     )

@@ -12,7 +12,7 @@ from firmly.lab.experiments.segment_cells import Cell, Group, by_method, choice,
 from firmly.lab.experiments.segment_models import MODELS
 from firmly.lab.experiments.segment_pictures import certified, section
 from firmly.lab.experiments.segment_problems import Problem
-from firmly.lab.experiments.segment_training import CLEAN_ALONE, CROSS_ENTROPY, FINE_TUNED, METHODS
+from firmly.lab.experiments.segment_training import CLEAN_ALONE, CONTOURS, CROSS_ENTROPY, FINE_TUNED, METHODS
 from firmly.lab.page import Page, Section, Table
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.study import Listener
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TARGET = 80.0  # per cent of the lost overlap
 COST = 0.5  # points on clean labels
 SMALL = 1.0  # points: a loss too small for a ratio
-WITH_CLEAN = (FINE_TUNED.name, "forward correction")  # they learn from the clean slices, too
+WITH_CLEAN = (CONTOURS.name, FINE_TUNED.name, "forward correction")  # they learn from the clean slices, too
 
 
 class Advice(NamedTuple):
@@ -177,8 +177,8 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         f"{train} slices for training, {test} for the test, {clean} clean ones away from both. {stack} Errors fill "
         "the given fraction of what is foreground before or after, as near as whole objects allow. Half of the clean "
         "slices are for learning ('then clean slices' ends with them, forward correction finds its matrix on them, "
-        "'clean slices alone' has no other), the other half for choosing; they are neighbours of each other, which "
+        "'contours moved back' its offsets, 'clean slices alone' has no other), the other half for choosing; they are neighbours of each other, which "
         "favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense for wrong labels, and 'clean "
-        "slices alone' no method for them: neither is ever chosen. All networks learn for the same number of batches. "
+        "slices alone' no method for them: neither is ever chosen. All methods learn for the same number of batches. "
         "Networks are certified where a bound is of use; that the labels are right is certified nowhere."
     )

@@ -152,7 +152,7 @@ def certified(
     image = data.test.images[at : at + 1]
     upper = certify(network.double(), shape=tuple(image.shape[1:]), budget_s=seconds).upper
     items, shares = [], []
-    for index, size in enumerate((0.0, radius / 5, radius)):
+    for index, size in enumerate((0.0, radius / 4, radius)):
         found = certified_pixels(network, image, size, upper)
         share = 100 * float(found.certified.double().mean())
         shown = torch.where(found.certified, (found.prediction + 1) / len(data.classes), 0.0)[0]
@@ -162,7 +162,7 @@ def certified(
     text = (
         f"{name}, trained by {best.title}, moves its output by at most {at_most(upper)} times a perturbation of the "
         "image (Euclidean norms). Coloured pixels keep their class under every perturbation of the radius; in the "
-        "darkest colour are those of which this is not proved. The bound is of the network, not of its labels: a network that "
-        "learned wrong contours keeps them just as firmly. Bounds of the U-Net are too large to certify a pixel."
+        "darkest colour are those of which this is not proved. The bound is of the network, not of its labels: one "
+        "that learned wrong contours keeps them just as firmly. Bounds of the U-Net are too large to certify a pixel."
     )
     return Section("Certified pixels", text, (Pictures(items),))

@@ -15,10 +15,12 @@ from firmly.robust import (
     LabelStore,
     View,
     co_trained,
+    contour_offsets,
     forward_correction,
     generalised_cross_entropy,
     label_risk,
     label_step,
+    move_contours,
     of_labels,
     risk,
     symmetric_cross_entropy,
@@ -165,6 +167,29 @@ def forward(parameter: float, context: Context) -> Objective:
     return objective
 
 
+def contours(parameter: float, context: Context) -> Objective:
+    """Labels whose contours are moved back, by the offsets that the warm model shows on the clean slices."""
+    found: list[Tensor] = []
+
+    def objective(now: list[Now]) -> Tensor:
+        (one,) = now
+        if one.progress < WARM:
+            return one.mean(one.losses)
+        if not found:
+            found.append(moved_back(context.network, context))
+        labels = torch.stack([view.of_labels(found[0][i]) for i, view in zip(one.images, one.views)])
+        return of_labels(one.losses, labels).sum() / one.valid.sum()
+
+    return objective
+
+
+def moved_back(network: nn.Module, context: Context) -> Tensor:
+    """The given labels after the move that brings predictions on the clean slices nearest to their labels."""
+    seen = scores(network, context.clean.inputs).argmax(1)
+    offsets = contour_offsets(seen, context.clean.labels, context.classes)
+    return move_contours(context.given.labels, offsets)
+
+
 def pessimistic(fraction: float, context: Context) -> Objective:
     """The mean of the largest losses: the wrong sense, as a negative control."""
 
@@ -175,6 +200,7 @@ def pessimistic(fraction: float, context: Context) -> Objective:
 
 
 CROSS_ENTROPY = Method("cross-entropy", plain)
+CONTOURS = Method("contours moved back", contours)
 CONTROL = Method("sup-CVaR (control)", pessimistic, (0.3,))
 CLEAN_ALONE = Method("clean slices alone", plain, (1.0,), finishes=True)
 FINE_TUNED = Method("then clean slices", plain, (0.3, 0.7), finishes=True)
@@ -186,6 +212,7 @@ METHODS = (
     Method("SCE", symmetric, (0.1,), probabilistic=True),
     Method("co-trained trimming", trimmed, (0.2,), networks=2),
     Method("forward correction", forward, probabilistic=True),
+    CONTOURS,
     FINE_TUNED,
     CONTROL,
 )
@@ -222,8 +249,6 @@ def fit(
             now.append(Now(found, model.losses(found), labels, images, views, step / steps))
         optimiser.zero_grad(set_to_none=True)
         loss = now[0].mean(now[0].losses) if finishing else objective(now)
-        if model.penalty is not None:
-            loss = loss + torch.stack([model.penalty(network) for network in networks]).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
