@@ -163,7 +163,7 @@ def end_of_net(found: Compared) -> str:
         radius = interval(found.means("BregmaNet, dual", what)).mean
         gains = (signed(found.gain(kind, what, "BregmaNet, dual")) for kind in ("BregmaNet", "ResNet"))
         said.append(
-            "The mean radius, {}, is {:.3f}: less that of the BregmaNet {}, less that of the ResNet {}.".format(
+            "The mean radius, {}, is {:.3f}: {} beside the BregmaNet, {} beside the ResNet.".format(
                 name, radius, *gains
             )
         )
