@@ -33,8 +33,8 @@ def contour_offsets(
 
     `found` are predictions, on a few images with right labels, of a model that learned from somebody's labels, or that
     person's own. The mean intersection over union over the classes of `right` is maximised over one offset after the
-    other, changed by multiples of `step` up to `largest` pixels, until none changes: a local maximum. Only differences of
-    offsets matter, and the first one is 0.
+    other, changed by multiples of `step` up to `largest` pixels, until none changes: a local maximum. Only their
+    differences matter, and the first one is 0.
     """
     if found.shape != right.shape:
         raise ShapeError(f"maps found {tuple(found.shape)} and right {tuple(right.shape)} differ")

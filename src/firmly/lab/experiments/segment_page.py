@@ -177,8 +177,8 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         f"{train} slices for training, {test} for the test, {clean} clean ones away from both. {stack} Errors fill "
         "the given fraction of what is foreground before or after, as near as whole objects allow. Half of the clean "
         "slices are for learning ('then clean slices' ends with them, forward correction finds its matrix on them, "
-        "'contours moved back' its offsets, 'clean slices alone' has no other), the other half for choosing; they are neighbours of each other, which "
-        "favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense for wrong labels, and 'clean "
-        "slices alone' no method for them: neither is ever chosen. All methods learn for the same number of batches. "
-        "Networks are certified where a bound is of use; that the labels are right is certified nowhere."
+        "'contours moved back' its offsets, 'clean slices alone' has no other), the other half for choosing; they are "
+        "neighbours of each other, which favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense "
+        "for wrong labels, and 'clean slices alone' no method for them: neither is ever chosen. All methods "
+        "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are right is certified nowhere."
     )
