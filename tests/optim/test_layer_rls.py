@@ -146,10 +146,13 @@ def test_refusals():
     shared = nn.Linear(3, 3)
     other = nn.Linear(3, 3)
     other.weight = shared.weight
+    tied = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7))
+    tied[1].weight = tied[0].weight
     for model in (
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 4, 3, padding="same"),
         nn.Sequential(shared, other),
+        tied,
         nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
     ):
         with pytest.raises(ConditionError):

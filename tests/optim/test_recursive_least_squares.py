@@ -62,6 +62,7 @@ def test_is_weighted_least_squares(factor):
     expected = torch.linalg.solve(information, phi.mT @ (w * Y))
     torch.testing.assert_close(model.coef_, expected[:3].mT, rtol=0, atol=1e-10)
     torch.testing.assert_close(model.intercept_, expected[3], rtol=0, atol=1e-10)
+    assert model.gain_ is not None
     torch.testing.assert_close(model.gain_.matrix, torch.linalg.inv(factor * information), rtol=1e-9, atol=0)
     torch.testing.assert_close(model.predict(X), phi @ expected, rtol=0, atol=1e-9)
 

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from firmly.errors import DataError, SettingsError
-from firmly.optim import APosteriori, Feedback, LossEvent, PageHinkley, StreamLearner
+from firmly.optim import (
+    APosteriori,
+    BlockKalman,
+    Feedback,
+    LayerRls,
+    LossEvent,
+    PageHinkley,
+    PolyakStep,
+    RecursiveLeastSquares,
+    StreamLearner,
+)
 
 generator = torch.Generator().manual_seed(0)
 
@@ -138,3 +148,20 @@ def test_refusals():
     with pytest.raises(DataError):
         stream.learn(torch.full((2, 4), math.nan), torch.tensor([0, 1]))
     assert stream.batches == 0 and all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).cuda()
+    stream = StreamLearner.hybrid(net, nn.functional.cross_entropy, threshold=0.2)
+    for x, y in rotating(200):
+        stream.learn(x.cuda(), y.cuda())
+    x, y = next(rotating(1))
+    for o in (LayerRls(net), BlockKalman(net.parameters(), block=8), PolyakStep(net.parameters())):
+        loss = nn.functional.cross_entropy(net(x.cuda()), y.cuda())
+        o.zero_grad()
+        loss.backward()
+        o.step() if isinstance(o, LayerRls) else o.step(loss=loss)
+    model = RecursiveLeastSquares().partial_fit(x.cuda(), y.cuda())
+    assert model.coef_.is_cuda and all(bool(p.isfinite().all()) for p in net.parameters())

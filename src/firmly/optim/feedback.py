@@ -45,8 +45,8 @@ class Feedback:
 
     K_D is `derivative`. `restart()` begins a new chunk of data: the E phase again, which raises the rate, with L0 kept.
     With `hold` the event-based rate: in the PD phase the rate stays as it is while the loss falls. Groups keep the
-    ratios of their rates.
-    Raises `DataError` for a loss that is negative, not finite, or zero in the first pass.
+    ratios of their rates. Raises `SettingsError` unless the first group's rate lies in (0, `ceiling`], and `DataError`
+    for a loss that is negative, not finite, or zero in the first pass.
 
     Source: Z. Zhao, S. Cerf, B. Robu, N. Marchand, CCTA 2019 (arXiv 1911.07710); L-CSS 4(4), 2020 (arXiv 2003.09503).
     """

@@ -54,8 +54,8 @@ class LayerRls(Optimizer):
                 layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
             ):
                 raise ConditionError(f"convolutions have one group and zero padding by numbers here, given {layer}")
-        weights = [layer.weight for layer in self.layers]
-        if len({id(w) for w in weights}) < len(weights) or not all(isinstance(w, nn.Parameter) for w in weights):
+        owners = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+        if any(owners.count(id(layer.weight)) != 1 for layer in self.layers):
             raise ConditionError("every layer needs a weight of its own: neither shared nor computed from others")
         owned = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
         rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in owned)]
