@@ -158,7 +158,13 @@ def test_refusals():
         with pytest.raises(ConditionError):
             LayerRls(model)
     net = nn.Linear(3, 2)
-    for bad in ({"lr": 0.0}, {"damping": 0.0}, {"every": 0}, {"profile": ConstantTrace()}, {"other_lr": -1.0}):
+    for bad in (
+        {"lr": 0.0},
+        {"damping": 0.0},
+        {"every": 0},
+        {"profile": ConstantTrace(decreasing=5)},
+        {"other_lr": -1.0},
+    ):
         with pytest.raises(SettingsError):
             LayerRls(net, **bad)
     o = LayerRls(net)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from firmly.errors import ConditionError, DataError, SettingsError
-from firmly.optim.gain_profiles import Forgetting, Profile
+from firmly.optim.gain_profiles import Decreasing, Forgetting, VariableForgetting
 
 
 class LayerRls(Optimizer):
@@ -34,7 +34,7 @@ class LayerRls(Optimizer):
         self,
         model: nn.Module,
         lr: float = 1.0,
-        profile: Profile | None = None,
+        profile: Decreasing | Forgetting | VariableForgetting | None = None,
         damping: float = 1e-2,
         every: int = 1,
         other_lr: float = 1e-2,
@@ -44,9 +44,9 @@ class LayerRls(Optimizer):
                 raise SettingsError(f"{name} is positive and finite, given {value!r}")
         if every < 1:
             raise SettingsError(f"every is at least 1, given {every!r}")
-        self.profile: Profile = Forgetting(0.95) if profile is None else profile
-        if not isinstance(self.profile.weights(0).keep, float):
-            raise SettingsError(f"a profile with a keep of its own is needed here, given {self.profile!r}")
+        self.profile = Forgetting(0.95) if profile is None else profile
+        if not isinstance(self.profile, Decreasing | Forgetting | VariableForgetting):
+            raise SettingsError(f"the profile is Decreasing, Forgetting or VariableForgetting, given {profile!r}")
         self.damping, self.every = damping, every
         self.layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         for layer in self.layers:
@@ -72,10 +72,12 @@ class LayerRls(Optimizer):
         for hook in self._hooks:
             hook.remove()
 
-    def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
         if not (layer.training and torch.is_grad_enabled()):
             return
-        x = inputs[0].detach()
+        x = inputs[0].detach().to(layer.weight.dtype)
+        if x.ndim == (3 if isinstance(layer, nn.Conv2d) else 1):
+            x = x[None]
         batch = len(x)
         if isinstance(layer, nn.Conv2d):
             x = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
@@ -93,7 +95,7 @@ class LayerRls(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         keep = self.profile.weights(self.steps).keep
-        assert keep is not None
+        assert keep is not None  # of these profiles
         owned = {id(p) for layer in self.layers for p in layer.parameters()}
         for layer, seen in self._seen.items():
             old = self._information.get(layer)
