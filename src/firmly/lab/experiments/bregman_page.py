@@ -105,7 +105,8 @@ def robustness_section(found: Compared, run: RunFolder) -> Section:
         "between. No attack was inside a proof; the run stops otherwise. Perturbed pixels may leave [0, 1]."
     )
     caption = (
-        f"Means over {seeds} seeds with 95% intervals (Student); radii are 0 for wrong classes and cut off at "
+        f"{f'Means over {seeds} seeds with 95% intervals (Student)' if seeds > 1 else 'One seed'}; radii are 0 for "
+        "wrong classes and cut off at "
         f"{found.radius:g}. The learning rate was chosen on validation samples."
     )
     pictures = Pictures(
