@@ -180,5 +180,6 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         "'contours moved back' its offsets, 'clean slices alone' has no other), the other half for choosing; they are "
         "neighbours of each other, which favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense "
         "for wrong labels, and 'clean slices alone' no method for them: neither is ever chosen. All methods "
-        "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are right is certified nowhere."
+        "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are "
+        "right is certified nowhere."
     )
