@@ -1,7 +1,7 @@
 """Optimisers designed as feedback loops, with the stability tests that guard them."""
 
-from firmly.optim import presets
-from firmly.optim.a_posteriori import APosteriori
+from firmly.optim import gain_profiles, presets
+from firmly.optim.a_posteriori import APosteriori, gauss_newton_curvature
 from firmly.optim.adaptation_gain import AdaptationGain, Response
 from firmly.optim.block_kalman import BlockKalman
 from firmly.optim.change_detection import PageHinkley
@@ -40,6 +40,8 @@ __all__ = [
     "StabilityWarning",
     "StreamLearner",
     "certified_rate",
+    "gain_profiles",
+    "gauss_newton_curvature",
     "nearest_gain",
     "presets",
     "verified",
