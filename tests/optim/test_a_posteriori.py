@@ -193,6 +193,9 @@ def test_refusals():
     ):
         with pytest.raises(SettingsError):
             make()
+    p[0].grad = torch.ones(2).to_sparse()
+    with pytest.raises(ConditionError, match="sparse"):
+        APosteriori(p).step(loss=1.0)
     p[0].grad = torch.ones(2)
     for o in (APosteriori(p), BlockKalman(p)):
         with pytest.raises(ConditionError):

@@ -15,7 +15,6 @@ from firmly.optim import (
     BlockKalman,
     Feedback,
     LayerRls,
-    LossEvent,
     PageHinkley,
     PolyakStep,
     RecursiveLeastSquares,
@@ -144,7 +143,7 @@ def test_refusals():
             PageHinkley(**bad)
     with pytest.raises(DataError):
         PageHinkley().happens(math.nan)
-    stream = StreamLearner(model, nn.functional.cross_entropy, a, event=LossEvent())
+    stream = StreamLearner(model, nn.functional.cross_entropy, a)
     with pytest.raises(DataError):
         stream.learn(torch.full((2, 4), math.nan), torch.tensor([0, 1]))
     assert stream.batches == 0 and all(bool(p.isfinite().all()) for p in model.parameters())

@@ -124,8 +124,10 @@ class APosteriori(Optimizer):
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Of all entries together, in float32 or better."""
+    """Of all entries together, in float32 or better; `ConditionError` for sparse tensors."""
     tensors = list(tensors)
+    if any(t.is_sparse for t in tensors):
+        raise ConditionError("the step needs the norm of dense gradients: sparse ones are not taken")
     if not tensors:
         return torch.zeros(())
     return torch.nn.utils.get_total_norm([t.float() if t.itemsize < 4 else t for t in tensors]).square()

@@ -14,6 +14,7 @@ from firmly.optim.a_posteriori import APosteriori
 from firmly.optim.change_detection import PageHinkley
 from firmly.optim.events import LossEvent
 from firmly.optim.feedback import Feedback
+from firmly.optim.loss_value import loss_value
 from firmly.optim.presets import nesterov
 
 
@@ -35,7 +36,8 @@ class StreamLearner:
     exponentially again, from the gain that the feedback had found. The model runs in the mode that it is in.
 
     `backwards` and `skipped` count what was spent and saved, `changes` are the batches of the alarms. Optimisers whose
-    `step` takes the loss (`APosteriori`, `PolyakStep`) get it. `state_dict` holds all but model and optimiser.
+    `step` takes the loss (`APosteriori`, `PolyakStep`) get it. `state_dict` holds all but model and optimiser. Raises
+    `DataError` for a loss that is not finite, before anything is learned from it.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class StreamLearner:
         """Predicts one batch, scores it, and learns from it."""
         outputs = self.model(inputs)
         loss = self.criterion(outputs, targets)
-        value = float(loss.detach())
+        value = loss_value(loss)
         changed = self.change is not None and self.change.happens(value)
         if changed:
             self.changes.append(self.batches)
