@@ -53,7 +53,7 @@ def equal_gain_section(
     )
     effective = rate * dc_gain(PID)
     heavy = Method("momentum 0.9", lambda p, lr: SGD(p, lr, momentum=0.9))
-    rows, scores = [], {}
+    rows, means = [], {}
     compared = (
         ("momentum, same rate", heavy, rate, HEAVY),
         ("PID", Method("PID (3, 100, 0.9)", PID), rate, PID),
@@ -62,17 +62,19 @@ def equal_gain_section(
     )
     for name, method, lr, preset in compared:
         runs = [kept.run(data, method, lr, seed, size) for seed in seeds]
-        scores[name] = mean([r.score for r in runs])
-        early = shown([r.curve[0][1] for r in runs])
-        rows.append((name, f"{lr:.3g}", number(lr * dc_gain(preset)), early, shown([r.score for r in runs])))
+        early, final = [r.curve[0][1] for r in runs], [r.score for r in runs]
+        means[name] = mean(early), mean(final)
+        rows.append((name, f"{lr:.3g}", number(lr * dc_gain(preset)), shown(early), shown(final)))
     columns = ("method", "rate", "rate × DC gain", "first point of the curve, %", "accuracy, %")
-    published = 100 * (scores["PID"] - scores["momentum, same rate"])
-    fair = 100 * (scores["PID"] - scores["momentum, same DC gain"])
+    published, fair = (
+        [100 * (a - b) for a, b in zip(means["PID"], means[f"momentum, same {what}"])] for what in ("rate", "DC gain")
+    )
     text = (
         "A constant gradient sees the learning rate times the DC gain of the method’s filter: 10 for momentum 0.9, "
-        f"{dc_gain(PID):.0f} for the published PID. Compared at one learning rate, PID gains {published:+.1f} points "
-        f"over momentum; at one DC gain, {fair:+.1f}. In the chart, methods lie on one curve while rates are small, "
-        "and part where the first becomes unstable."
+        f"{dc_gain(PID):.0f} for the published PID. At one learning rate, PID less momentum is {published[0]:+.1f} points "
+        f"at the first point of the curve and {published[1]:+.1f} in the end; at one DC gain, {fair[0]:+.1f} and "
+        f"{fair[1]:+.1f}. In the chart, methods lie near one curve while rates are small, and part where the first "
+        "becomes unstable."
     )
     return Section("At equal DC gain", text, (chart, Table(columns, rows, f"{task}, {len(seeds)} seeds.")))
 
