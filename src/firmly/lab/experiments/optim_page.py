@@ -78,14 +78,14 @@ def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run
 def told(data: Split | Stream, found: Sequence[Compared]) -> str:
     if isinstance(data, Stream):
         text = (
-            f"{data.told}: {len(data.x)} samples. Every batch is predicted, scored, then learnt from, once. Rates were "
+            f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. Rates were "
             f"chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last label is right "
             f"{100 * data.no_change:.1f}% of the time; it sees every label at once, the networks see those of a batch "
             "together."
         )
     else:
         text = (
-            f"{data.told}: {len(data.train.x)} samples to learn, {len(data.validation.x)} to choose the rate, "
+            f"Data: {data.told}; {len(data.train.x)} samples to learn, {len(data.validation.x)} to choose the rate, "
             f"{len(data.test.x)} for the test."
         )
     return f"{text} {verdict(found)} {recovers(data, found)}".rstrip()
@@ -280,7 +280,8 @@ def goal(shared: Sequence[Shared]) -> str:
     return (
         f"The goal is to lose at most {100 * POINTS:.1f} points to Adam at its best rate for every task, at every rate "
         f"of three decades. It is {met}: the best of ours in this respect, {ours.method}, loses "
-        f"{-100 * ours.worst:.1f} points at its worst; of the others {peer.method} is best, with {-100 * peer.worst:.1f}."
+        f"{-100 * ours.worst:.1f} points at its worst; of the others {peer.method} is best, with "
+        f"{-100 * peer.worst:.1f}."
     )
 
 
@@ -292,8 +293,8 @@ def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
     names = [c.method.name for c in next(iter(found.values())) if c.method.role == "ours"]
     peers = {task: strongest(compared) for task, compared in found.items()}
     gained = {(n, task): gain(named(c, n), peers[task]) for n in names for task, c in found.items()}
-    rows = [(n, *(signed(gained[n, task]) for task in found)) for n in names]
-    lost = [f"{n} on {task}" for (n, task), by in gained.items() if by.mean < -by.half]
+    lost = {key for key, by in gained.items() if by.mean < -by.half}
+    rows = [(n, *(signed(gained[n, task]) + (", worse" if (n, task) in lost else "") for task in found)) for n in names]
     areas = []
     for task, compared in found.items():
         ours, peer = (max((c for c in compared if c.method.role == role), key=area_of) for role in ("ours", "other"))
@@ -301,8 +302,10 @@ def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
             areas.append(
                 f"on {task}, {ours.method.name} with {area_of(ours):.1f} to {area_of(peer):.1f} of {peer.method.name}"
             )
-    text = f"Certain, at 95% over the seeds: {'; '.join(lost) or 'none'}. "
-    text += f"Less area over the rates than the best peer: {'; '.join(areas) or 'nowhere'}. {goal(shared)}"
+    text = (
+        f"{len(lost)} of {len(gained)} differences are certain, at 95% over the seeds, and against ours. Less area over "
+        f"the rates than the best peer: {'; '.join(areas) or 'nowhere'}. {goal(shared)}"
+    )
     caption = (
         "Points of accuracy, less those of " + ", ".join(f"{c.method.name} on {t}" for t, c in peers.items()) + "."
     )

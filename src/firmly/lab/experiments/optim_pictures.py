@@ -17,7 +17,7 @@ def curves_picture(bands: Sequence[Band], x_name: str, y_name: str) -> bytes:
     picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), WHITE)
     pen = ImageDraw.Draw(picture, "RGBA")
     low, high = min(min(b.low) for b in bands), max(max(b.high) for b in bands)
-    across = Scale(min(min(b.x) for b in bands), max(max(b.x) for b in bands), 46 * SCALE, (WIDTH - 14) * SCALE)
+    across = Scale(min(min(b.x) for b in bands), max(max(b.x) for b in bands), 46 * SCALE, (WIDTH - 22) * SCALE)
     up = Scale(max(0.0, low - 0.02), min(1.0, high + 0.02), (HEIGHT - 44) * SCALE, 56 * SCALE)
     for tick in up.ticks(5):
         pen.line([(across.start, up(tick)), (across.end, up(tick))], GRID, SCALE)
