@@ -72,8 +72,8 @@ def equal_gain_section(
     text = (
         "A constant gradient sees the learning rate times the DC gain of the method’s filter: 10 for momentum 0.9, "
         f"{dc_gain(PID):.0f} for the published PID. At one learning rate, PID less momentum is {published[0]:+.1f} "
-        f"points at the first point of the curve and {published[1]:+.1f} in the end; at one DC gain, {fair[0]:+.1f} and "
-        f"{fair[1]:+.1f}. In the chart, methods lie near one curve while rates are small, and part where the first "
+        f"points at the first point of the curve and {published[1]:+.1f} in the end; at one DC gain, {fair[0]:+.1f} "
+        f"and {fair[1]:+.1f}. In the chart, methods lie near one curve while rates are small, and part where the first "
         "becomes unstable."
     )
     return Section("At equal DC gain", text, (chart, Table(columns, rows, f"{task}, {len(seeds)} seeds.")))

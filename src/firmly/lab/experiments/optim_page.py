@@ -78,8 +78,8 @@ def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run
 def told(data: Split | Stream, found: Sequence[Compared]) -> str:
     if isinstance(data, Stream):
         text = (
-            f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. Rates were "
-            f"chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last label is right "
+            f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. Rates "
+            f"were chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last label is right "
             f"{100 * data.no_change:.1f}% of the time; it sees every label at once, the networks see those of a batch "
             "together."
         )
@@ -303,8 +303,8 @@ def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
                 f"on {task}, {ours.method.name} with {area_of(ours):.1f} to {area_of(peer):.1f} of {peer.method.name}"
             )
     text = (
-        f"{len(lost)} of {len(gained)} differences are certain, at 95% over the seeds, and against ours. Less area over "
-        f"the rates than the best peer: {'; '.join(areas) or 'nowhere'}. {goal(shared)}"
+        f"{len(lost)} of {len(gained)} differences are certain, at 95% over the seeds, and against ours. Less area "
+        f"over the rates than the best peer: {'; '.join(areas) or 'nowhere'}. {goal(shared)}"
     )
     caption = (
         "Points of accuracy, less those of " + ", ".join(f"{c.method.name} on {t}" for t, c in peers.items()) + "."
