@@ -163,6 +163,7 @@ def certified(
         f"{name}, trained by {best.title}, moves its output by at most {at_most(upper)} times a perturbation of the "
         "image (Euclidean norms). Coloured pixels keep their class under every perturbation of the radius; in the "
         "darkest colour are those of which this is not proved. The bound is of the network, not of its labels: one "
-        "that learned wrong contours keeps them just as firmly. Bounds of the U-Net are too large to certify a pixel."
+        "that learned wrong contours keeps them just as firmly. The U-Net is not certified: its bounds grow too "
+        "fast with its depth."
     )
     return Section("Certified pixels", text, (Pictures(items),))
