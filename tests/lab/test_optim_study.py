@@ -180,6 +180,19 @@ def test_one_configuration():
     assert "not met" in page.goal(list(shared.values()))
 
 
+def test_ours_is_chosen_blind_and_the_peer_in_hindsight():
+    def runs(role: str, chosen_by: float, *scores: float) -> Compared:
+        method = Method(f"{role} {chosen_by}", role=role)  # type: ignore[arg-type]
+        return Compared(method, [record(0.1, chosen_by, 0.0)], [record(0.1, chosen_by, s) for s in scores])
+
+    found = [runs("ours", 0.9, 0.5, 0.52), runs("ours", 0.8, 0.9, 0.9), runs("other", 0.9, 0.1, 0.1),
+             runs("other", 0.2, 0.7, 0.72)]  # fmt: skip
+    assert page.preferred(found) == found[0] and page.strongest(found) == found[3]
+    assert "worse" in page.verdict(found) and "-20.00 ± 0.00" in page.verdict(found)
+    assert "worse on x" in page.headline({"x": found})
+    assert "not told apart" in page.verdict([runs("ours", 0.9, 0.5), runs("other", 0.2, 0.7)])
+
+
 def test_runs_go_on_where_they_stopped(tmp_path):
     split = read("spirals", OptimSettings(train=40, test=20))
     calls = []

@@ -1,4 +1,4 @@
-"""Data in the package (photographs, MEG, ECG, a sinogram, brains, organs, a stream), image sets, crops, measured data."""
+"""Data in the package (photographs, MEG, ECG, a sinogram, brains, organs, a stream), image sets, measurement models."""
 
 from firmly.data.brain import TISSUES, brain_slices
 from firmly.data.corruptions import Measurement, column_mask, pixel_mask

@@ -78,10 +78,10 @@ def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run
 def told(data: Split | Stream, found: Sequence[Compared]) -> str:
     if isinstance(data, Stream):
         text = (
-            f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. Rates "
-            f"were chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last label is right "
-            f"{100 * data.no_change:.1f}% of the time; it sees every label at once, the networks see those of a batch "
-            "together."
+            f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. "
+            "Rates were chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last "
+            f"label is right {100 * data.no_change:.1f}% of the time; it sees every label at once, the networks "
+            "see those of a batch together."
         )
     else:
         text = (
