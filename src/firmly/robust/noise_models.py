@@ -210,7 +210,7 @@ def at_rate(
     """The model with the amount at which the `foreground_rate` of these labels is `rate`, by bisection; and its errors.
 
     The sign of the amount is kept. What an error that comes in whole objects attains is in the second result. Raises
-    `SettingsError` where even the largest amount (probability 1, or 64 pixels) does not come within 0.02 of the rate.
+    `SettingsError` where even the largest amount (1, or 64 pixels) does not come within 0.02 of the rate.
     """
     if not 0 <= rate < 1:
         raise SettingsError(f"the rate lies in [0, 1), given {rate}")
