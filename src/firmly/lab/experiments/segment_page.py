@@ -182,4 +182,5 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         "for wrong labels, and 'clean slices alone' no method for them: neither is ever chosen. All methods "
         "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are "
         "right is certified nowhere."
+        + (" Of SVM-TV, 'cross-entropy' is the hinge loss." if "SVM-TV" in settings.models else "")
     )
