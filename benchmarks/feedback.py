@@ -43,8 +43,13 @@ def measure(quick: bool) -> Result:
     sizes = (1, 1000) if quick else (10, 12_000)
     chunked, stream = (CHUNKED[:1], STREAM[:1]) if quick else (CHUNKED, STREAM)
     seeds = 1 if quick else 5
-    runs = [feedback_runs.main(name, rate, seed, *sizes) for name, rate, all_ in chunked for seed in all_[:seeds]]
-    streams = [feedback_streams.main(name, rate, seed) for name, rate, all_ in stream for seed in all_[:seeds]]
+    sets = (feedback_runs.noise(20_000), feedback_runs.noise(100)) if quick else ()
+    runs = [
+        feedback_runs.main(name, rate, seed, *sizes, *sets) for name, rate, all_ in chunked for seed in all_[:seeds]
+    ]
+    streams = [
+        feedback_streams.main(name, rate, seed, *sets[:1]) for name, rate, all_ in stream for seed in all_[:seeds]
+    ]
     return assembled(runs, streams, elec2_linear.main(2000 if quick else None))
 
 

@@ -45,7 +45,7 @@ def test_a_module_beside_its_adjoint_keeps_its_parameters():
 
 
 def test_an_algorithm_of_a_gram_matrix_learns_in_every_step():
-    B = fm.linear.Dense(nn.Parameter(randn(4, 3, seed=1) / 3))
+    B = fm.linear.Dense(nn.Parameter(torch.eye(4, 3, dtype=torch.float64) + randn(4, 3, seed=1) / 10))
     algorithm = fm.algorithms.ForwardBackward(B.T @ B, fm.prox.L1(0.01), step_size=0.5)
     for adjoint in (Implicit(), Implicit("manifold")):
         layer, y = fm.implicit(algorithm, adjoint, tol=1e-12, max_iterations=100_000), randn(2, 3, seed=2)

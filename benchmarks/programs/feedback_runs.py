@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from firmly.data import fashion_mnist
+from firmly.data import ImageSet, fashion_mnist
 from firmly.optim import EventPasses, Feedback
 
 CHUNKS, BATCH = 5, 128
@@ -48,8 +48,18 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * float((net(x).argmax(1) == y).double().mean())
 
 
-def main(method: str, rate: float, seed: int, passes: int = 10, size: int = 12_000) -> dict:
-    train, test = fashion_mnist("train"), fashion_mnist("test")
+def noise(count: int) -> ImageSet:
+    """Images that show nothing, to see that a program runs where the data set is not."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.randint(10, (count,), generator=generator))
+
+
+def main(
+    method: str, rate: float, seed: int, passes: int = 10, size: int = 12_000,
+    train: ImageSet | None = None, test: ImageSet | None = None,
+) -> dict:  # fmt: skip
+    train, test = train or fashion_mnist("train"), test or fashion_mnist("test")
     x, y, x_test, y_test = prepared(train.images), train.labels, prepared(test.images), test.labels
     generator, net = torch.Generator().manual_seed(seed), network(seed)
     optimizer = (torch.optim.Adam if "adam" in method else torch.optim.SGD)(net.parameters(), lr=rate)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from benchmarks.programs.feedback_runs import prepared
-from firmly.data import fashion_mnist
+from firmly.data import ImageSet, fashion_mnist
 from firmly.optim import Feedback, LossEvent, PageHinkley, StreamLearner
 
 PARTS, BATCH, WINDOW = 5, 16, 50
@@ -30,8 +30,8 @@ def learner(method: str, rate: float) -> StreamLearner:
     return StreamLearner(net, loss, optimizer, feedback, event, change, WINDOW)
 
 
-def main(method: str, rate: float, seed: int) -> dict:
-    data, generator = fashion_mnist("train"), torch.Generator().manual_seed(seed)
+def main(method: str, rate: float, seed: int, data: ImageSet | None = None) -> dict:
+    data, generator = data or fashion_mnist("train"), torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.labels), generator=generator)
     names = [torch.randperm(10, generator=generator) for _ in range(PARTS)]
     torch.manual_seed(seed)

@@ -27,7 +27,7 @@ def mathml(latex: str, block: bool) -> str:
     latex = ACCENT.sub(r"\1{}", latex)  # else an index would be set below the letter, as a limit
     try:
         element = latex2mathml.tex2mathml(latex, as_block=block)
-    except MathError as error:
+    except (MathError, IndexError) as error:
         raise ExtensionError(f"cannot convert the formula {latex!r} to MathML: {error}") from error
     # bars and angles stand close and keep the size of the line, unless \left and \right ask for more
     return DELIMITER.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1\2</mo>', element)

@@ -19,8 +19,8 @@ def contraction_factor(algorithm: Algorithm) -> float | None:
     """A proved r < 1 with |T(x) - T(z)| <= r |x - z| for the plain map T of the algorithm, None where none is known.
 
     - `ForwardBackward`, step t, slopes of the prox in [0, s], smooth part with curvatures in [mu, L]:
-      r = s max(1 - t mu, t L - 1); mu from the smallest eigenvalue of A*A (with D*D of a `Tikhonov` ridge),
-    or the ridge.
+      r = s max(1 - t mu, t L - 1); mu from the smallest eigenvalue of A*A (with D*D of a `Tikhonov` ridge), or the
+      ridge.
     - `EquilibriumForwardBackward`, step a: r = (1 - 2 a m + a^2 |I - W|^2)^(1/2).
 
     All conditions of the algorithm have to hold. Source: Ryu and Boyd, Primer on monotone operator methods, 2016,

@@ -41,14 +41,13 @@ def label_risk(
     with the largest l_i,given - min_k l_ik, at most the fraction `budget` of the pixels; the price is the confidence
     from which a label is changed. The pessimistic one needs a bounded loss or a cost that forbids most changes.
 
-    Args:
-        losses: of every class, (batch, class, *spatial); `firmly.robust.cross_entropy(logits)`, say.
-        labels: given ones, (batch, *spatial) integers, or laws (batch, class, *spatial).
-        cost: (class, class), from the given class (row) to the believed one, 0 on the diagonal; infinity forbids. None
-            is 1 for every change; see `ordinal_cost`, `tree_cost`.
-        distance: factors (batch, *spatial) of the cost of a pixel, infinity forbids; `boundary_distance`, say.
-        mask: (batch, *spatial), True at valid pixels; labels and losses may be anything elsewhere.
-        over: who shares a budget: each "image" -> risks (batch,), the "batch" -> (), each "pixel" -> (batch, *spatial).
+    - `losses`: of every class, (batch, class, *spatial); `firmly.robust.cross_entropy(logits)`, say.
+    - `labels`: given ones, (batch, *spatial) integers, or laws (batch, class, *spatial).
+    - `cost`: (class, class), from the given class (row) to the believed one, 0 on the diagonal; infinity forbids. None
+      is 1 for every change; see `ordinal_cost`, `tree_cost`.
+    - `distance`: factors (batch, *spatial) of the cost of a pixel, infinity forbids; `boundary_distance`, say.
+    - `mask`: (batch, *spatial), True at valid pixels; labels and losses may be anything elsewhere.
+    - `over`: who shares a budget: each "image" -> risks (batch,), the "batch" -> (), each "pixel" -> (batch, *spatial).
 
     The gradient is Q / n on valid pixels (Danskin) and 0 elsewhere; it reaches a budget that is a tensor, too.
     Sources: docs/theory/robust_risks; the duality is that of Mohajerin Esfahani and Kuhn, Data-driven distributionally

@@ -38,22 +38,21 @@ def risk(
 ) -> Tensor:
     """sup (or inf) over laws q near the nominal law p of sum_i q_i l_i, a scalar; gradients by Danskin's theorem.
 
-    Args:
-        losses: of any shape, `(batch, *spatial)` or `(batch, class, *spatial)`; the loss of every pixel, say.
-        mask: True where losses count, or nominal weights up to a factor. Of the dimensions of the losses (sizes of 1
-            are repeated), or (batch, *spatial) for losses (batch, class, *spatial). Elsewhere losses may be anything,
-            NaN included, and their gradient is exactly 0.
-        over: what the adversary weighs. "pixel": all entries, together. "image": the mean losses of the images
-            (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor, shaped
-            like a mask, that says which group an entry belongs to: labels, annotators, pairs of them. Groups have
-            equal nominal weights; groups without a valid entry do not exist.
-        divergence: "kl", "chi2", "cvar", "tv", "wasserstein" (0/1 cost) or "kl-penalty", or a set such as `KL(0.1)`.
-        radius: of the set, 0.1 if not given; the fraction for "cvar", the temperature for "kl-penalty". A tensor of
-            one number may be learned.
-        sense: "sup" is robust to shifts of the distribution, and up-weights what is mislabelled; "inf" is robust to
-            wrong labels, and neglects what is hard.
-        trim: the fraction of the nominal mass with the largest losses that is left out before.
-        labels: "noisy" warns where sense is "sup".
+    - `losses`: of any shape, `(batch, *spatial)` or `(batch, class, *spatial)`; the loss of every pixel, say.
+    - `mask`: True where losses count, or nominal weights up to a factor. Of the dimensions of the losses (sizes of 1
+      are repeated), or (batch, *spatial) for losses (batch, class, *spatial). Elsewhere losses may be anything,
+      NaN included, and their gradient is exactly 0.
+    - `over`: what the adversary weighs. "pixel": all entries, together. "image": the mean losses of the images
+      (dimension 0). "class" or "annotator": those of the classes (dimension 1). Or an integer tensor, shaped
+      like a mask, that says which group an entry belongs to: labels, annotators, pairs of them. Groups have
+      equal nominal weights; groups without a valid entry do not exist.
+    - `divergence`: "kl", "chi2", "cvar", "tv", "wasserstein" (0/1 cost) or "kl-penalty", or a set such as `KL(0.1)`.
+    - `radius`: of the set, 0.1 if not given; the fraction for "cvar", the temperature for "kl-penalty". A tensor of
+      one number may be learned.
+    - `sense`: "sup" is robust to shifts of the distribution, and up-weights what is mislabelled; "inf" is robust to
+      wrong labels, and neglects what is hard.
+    - `trim`: the fraction of the nominal mass with the largest losses that is left out before.
+    - `labels`: "noisy" warns where sense is "sup".
 
     Raises `ShapeError`, `SettingsError`, and `DataError` for valid losses that are not finite and for no valid loss.
     For one risk per image, and nested risks, see `AmbiguitySet.risks`.
