@@ -37,7 +37,7 @@ class BregmanSettings:
     rates: tuple[float, ...] = (3e-3, 1e-2)
     decay: float = 1.0
     decays: tuple[float, ...] = (0.0,)
-    seeds: int = 5
+    seeds: int = 3
     radius: float = 0.8
     attack_steps: int = 30
     budget_s: float = 5.0
