@@ -120,12 +120,18 @@ def show_catalogue(out: Console) -> None:
         out.print(f"[bold]{experiment.name}[/]: {of}{experiment.told(default)}")
         out.print(f"  presets {', '.join(experiment.presets)}; settings and their defaults:")
         out.print("  " + escape(to_toml(default).strip().replace("\n", "  ·  ")), style="dim")
-    import firmly.algorithms
-    import firmly.linear
-    import firmly.prox
+    import firmly.algorithms as algorithms
+    import firmly.linear as linear
+    import firmly.prox as prox
 
-    for title, room in (("algorithms", firmly.algorithms), ("priors", firmly.prox), ("linear maps", firmly.linear)):
-        out.print(f"[bold]{title}[/]: {', '.join(n for n in room.__all__ if n[0].isupper())}")
+    rooms = (
+        ("algorithms", algorithms, algorithms.Algorithm), ("priors", prox, prox.Prior),
+        ("linear maps", linear, linear.LinearMap),
+    )  # fmt: skip
+    for title, room, kind in rooms:
+        found = {name: getattr(room, name) for name in room.__all__}
+        names = [name for name, c in found.items() if isinstance(c, type) and issubclass(c, kind) and c is not kind]
+        out.print(f"[bold]{title}[/]: {', '.join(names)}")
     for split in ("train", "validation", "test"):
         out.print(f"[bold]photographs, {split}[/]: {', '.join(p.name for p in catalogue() if p.split == split)}")
 
