@@ -182,6 +182,17 @@ def test_means_of_many_classes_lose_little():
     assert torch.allclose(found.sum(1), torch.ones(1, 20, 20), atol=1e-5)
 
 
+def test_two_classes_are_kept_whole():
+    store = LabelStore(torch.zeros(1, 5, 5, dtype=torch.long), 2, momentum=0.5)
+    assert store.bytes_per_pixel == 7
+    laws = [randn(1, 2, 5, 5, seed=seed).softmax(1) for seed in range(2)]
+    for law in laws:
+        store.update([0], law)
+    assert torch.allclose(store.average([0]).double(), (laws[0] + laws[1]) / 2, atol=1e-3)
+    with pytest.raises(SettingsError, match="some are kept"):
+        LabelStore(torch.zeros(1, 5, 5, dtype=torch.long), 2, kept=0)
+
+
 def test_volumes():
     store = LabelStore(torch.zeros(1, 4, 6, 8, dtype=torch.long), 3)
     view = View((0, 1, 2), (4, 4, 4), (2, 2, 2), (0, 2))

@@ -69,9 +69,9 @@ class View(NamedTuple):
 class LabelStore(nn.Module):
     """Given labels, and running means of predictions from which believed labels follow in closed form (`label_step`).
 
-    Of every pixel the `kept` largest mean probabilities are stored in half precision with their classes, and the rest
-    of the mass is spread over the other classes: 1 + 3 kept bytes, whatever the number of classes. The tensors are
-    buffers: they are saved, loaded and moved as those of a model.
+    Of every pixel the `kept` largest mean probabilities (all, where there are fewer classes) are stored in half
+    precision with their classes, and the rest of the mass is spread over the other classes: 1 + 3 kept bytes, whatever
+    the number of classes. The tensors are buffers: they are saved, loaded and moved as those of a model.
     """
 
     given: Tensor
@@ -81,8 +81,9 @@ class LabelStore(nn.Module):
     def __init__(self, labels: Tensor, classes: int, momentum: float = 0.9, kept: int = 3, void: int = VOID):
         """`labels` are integers (images, *spatial); the mean moves by 1 - momentum of the way at every visit."""
         super().__init__()
-        if not 2 <= classes <= 255 or not 1 <= kept <= classes or not 0 <= void <= 255:
+        if not 2 <= classes <= 255 or kept < 1 or not 0 <= void <= 255:
             raise SettingsError(f"2 to 255 classes of which some are kept, given {classes}, {kept}, void {void}")
+        kept = min(kept, classes)
         if not 0 <= momentum <= 0.98:
             raise SettingsError(f"the momentum lies in [0, 0.98], where half precision follows; given {momentum}")
         if labels.is_floating_point() or labels.dim() < 2:
