@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.programs import elec2_linear, feedback_runs, feedback_streams
+from benchmarks.runner.partial import Partial
 from benchmarks.runner.results import Result, Table, Target
 
 NAMES = {
@@ -40,17 +42,29 @@ STREAM = [
 
 
 def measure(quick: bool) -> Result:
-    sizes = (1, 1000) if quick else (10, 12_000)
-    chunked, stream = (CHUNKED[:1], STREAM[:1]) if quick else (CHUNKED, STREAM)
-    seeds = 1 if quick else 5
-    sets = (feedback_runs.noise(20_000), feedback_runs.noise(100)) if quick else ()
-    runs = [
-        feedback_runs.main(name, rate, seed, *sizes, *sets) for name, rate, all_ in chunked for seed in all_[:seeds]
-    ]
-    streams = [
-        feedback_streams.main(name, rate, seed, *sets[:1]) for name, rate, all_ in stream for seed in all_[:seeds]
-    ]
-    return assembled(runs, streams, elec2_linear.main(2000 if quick else None))
+    if quick:
+        sets = feedback_runs.noise(20_000), feedback_runs.noise(100)
+        (name, rate, _), (learner, at, _) = CHUNKED[0], STREAM[0]
+        runs = [feedback_runs.main(name, rate, 0, 1, 1000, *sets)]
+        return assembled(runs, [feedback_streams.main(learner, at, 0, sets[0])], elec2_linear.main(2000))
+    runs, chunks = rows(feedback_runs, CHUNKED, ("optim/feedback.py", "optim/events.py", "optim/loss_value.py"))
+    streams, drifts = rows(feedback_streams, STREAM, ("optim/*.py",))
+    result = assembled(runs, streams, elec2_linear.main())
+    for partial in (chunks, drifts):
+        partial.finish()
+    return result
+
+
+def rows(program: Any, wanted: list[tuple[str, float, range]], sources: tuple[str, ...]) -> tuple[list[dict], Partial]:
+    """A row for every method, rate and seed; those that an interrupted run has left are not measured again."""
+    partial, found = Partial(Path(program.__file__), sources), []
+    for name, rate, seeds in wanted:
+        for seed in seeds:
+            key = f"{name} {rate:g} {seed}"
+            if key not in partial.known:
+                partial.keep(key, program.main(name, rate, seed))
+            found.append(partial.known[key])
+    return found, partial
 
 
 def assembled(runs: list[dict], streams: list[dict], elec2: list[dict]) -> Result:
