@@ -1,4 +1,4 @@
-"""Data in the package (photographs, MEG, ECG, a sinogram, brains, organs, a stream), image sets, measurement models."""
+"""Data in the package (photographs, MEG, ECG, a sinogram, brains, organs, streams), image sets, measurement models."""
 
 from firmly.data.brain import TISSUES, brain_slices
 from firmly.data.corruptions import Measurement, column_mask, pixel_mask
@@ -10,7 +10,7 @@ from firmly.data.meg_data import Leadfield, Recording, leadfield_from_mne, meg_s
 from firmly.data.organs import ORGANS, organ_slices
 from firmly.data.photographs import Photograph, catalogue, photographs, read_image
 from firmly.data.recordings import ecg
-from firmly.data.streams import LabelledStream, elec2
+from firmly.data.streams import LabelledStream, covtype, elec2
 from firmly.data.tomography import Sinogram, centre_of_rotation, rebinned, tooth
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "cifar10",
     "cifar100",
     "column_mask",
+    "covtype",
     "download",
     "ecg",
     "elec2",
