@@ -173,3 +173,17 @@ def test_refusals():
         o.step()
     with pytest.raises(ValueError, match="size of optimizer's group"):  # torch's own check
         LayerRls(nn.Sequential(net, nn.Linear(2, 2))).load_state_dict(LayerRls(nn.Linear(3, 2)).state_dict())
+
+
+def test_gradients_without_rows_are_refused():
+    """In eval mode nothing is seen, and nn.MultiheadAttention never calls its projection: no step is made up there."""
+    net = nn.Linear(3, 2).eval()
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    for model, inputs in ((net, (X[0, 0, 0, :3],)), (attention, (X[:2, 0, :, :4].float(),) * 3)):
+        model = model.to(inputs[0].dtype)
+        optimizer, start = LayerRls(model), [p.detach().clone() for p in model.parameters()]
+        out = model(*inputs)
+        (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+        with pytest.raises(ConditionError, match="none of its rows were seen"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(start, model.parameters(), strict=True))

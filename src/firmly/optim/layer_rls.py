@@ -25,9 +25,10 @@ class LayerRls(Optimizer):
 
     Other parameters take gradient steps with `other_lr`. R^-1 is renewed every `every` steps; a layer with n inputs
     costs n^3 / 3 then, and n^2 numbers. Rows are seen by forward hooks, in training mode with gradients enabled;
-    `remove()` takes them off. Raises `SettingsError`, `ConditionError` for grouped convolutions and for layers whose
-    weights are shared or not their own, `DataError` for rows that are not finite. Source: C. Zhang, Q. Song, H. Zhou,
-    Y. Ou, H. Deng, L. T. Yang, arXiv 2109.03220 (recursive least squares per layer); damping derived in the docs.
+    `remove()` takes them off. Raises `SettingsError`, `ConditionError` for grouped convolutions, for layers whose
+    weights are shared or not their own and for gradients of layers that saw no rows, `DataError` for rows that are not
+    finite. Source: C. Zhang, Q. Song, H. Zhou, Y. Ou, H. Deng, L. T. Yang, arXiv 2109.03220 (recursive least squares
+    per layer); damping derived in the docs.
     """
 
     def __init__(
@@ -94,6 +95,16 @@ class LayerRls(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for layer in self.layers:
+            if (
+                layer not in self._seen
+                and layer not in self._gains
+                and any(p.grad is not None for p in layer.parameters())
+            ):
+                raise ConditionError(
+                    f"{layer} has a gradient, but none of its rows were seen: train in training mode, without layers "
+                    "whose forward is not called, such as the output projection of nn.MultiheadAttention"
+                )
         keep = self.profile.weights(self.steps).keep
         assert keep is not None  # of these profiles
         owned = {id(p) for layer in self.layers for p in layer.parameters()}
@@ -125,7 +136,7 @@ class LayerRls(Optimizer):
         gradient = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(len(p), -1) for p in parts], 1
         )
-        direction = gradient @ self._gains[layer] if layer in self._gains else gradient / self.damping
+        direction = gradient @ self._gains[layer]
         n = layer.weight[0].numel()
         for p, part in zip(parts, (direction[:, :n], direction[:, n:]), strict=False):
             if p.grad is not None:
