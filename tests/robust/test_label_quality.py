@@ -49,24 +49,43 @@ def test_images_are_ranked_by_their_worst_pixels():
     assert image_quality(quality[:, None]).shape == (3,)
 
 
-def test_label_errors_are_those_of_a_loop():
+@pytest.mark.parametrize("prune", ["class", "noise-rate", "both", "rank", "confusion"])
+def test_label_errors_are_those_of_a_loop(prune):
     p, y = example(3)
-    found = label_errors(p, y)
+    found = label_errors(p, y, prune)
     pixels = [(b, i, j) for b in range(3) for i in range(6) for j in range(5) if y[b, i, j] != 255]
-    t = [torch.stack([p[b, k, i, j] for b, i, j in pixels if y[b, i, j] == k]).mean() for k in range(4)]
-    torch.testing.assert_close(found.thresholds, torch.stack(t))
-    counts = torch.zeros(4, 4, dtype=torch.float64)
-    for b, i, j in pixels:
-        able = [k for k in range(4) if p[b, k, i, j] >= t[k]]
-        label = int(y[b, i, j])
-        best = max(able, key=lambda k: p[b, k, i, j]) if able else label
-        assert bool(found.wrong[b, i, j]) == (best != label)
-        assert int(found.believed[b, i, j]) == best
+    law = {q: p[q[0], :, q[1], q[2]].tolist() for q in pixels}
+    given = {q: int(y[q]) for q in pixels}
+    of_class = [[q for q in pixels if given[q] == k] for k in range(4)]
+    t = [sum(law[q][k] for q in of_class[k]) / len(of_class[k]) for k in range(4)]
+    assert found.thresholds.tolist() == pytest.approx(t, abs=1e-12)
+    C, as_class = [[0] * 4 for _ in range(4)], {}
+    for q in pixels:
+        able = [k for k in range(4) if law[q][k] >= t[k]]
         if able:
-            counts[label, best] += 1
-    given = torch.tensor([sum(int(y[q]) == k for q in pixels) for k in range(4)], dtype=torch.float64)
-    joint = counts / counts.sum(1, keepdim=True) * given[:, None]
-    torch.testing.assert_close(found.joint, joint / joint.sum())
+            as_class[q] = max(able, key=lambda k: law[q][k])
+            C[given[q]][as_class[q]] += 1
+    J = [[C[j][k] / sum(C[j]) * len(of_class[j]) for k in range(4)] for j in range(4)]
+    assert (found.joint * len(pixels)).tolist() == [pytest.approx(row, abs=1e-12) for row in J]
+
+    def first(some, score, count):
+        return set(sorted(some, key=score)[:count])
+
+    others = [[k for k in range(4) if k != j] for j in range(4)]
+    by_class, by_rate = set(), set()
+    for j in range(4):
+        by_class |= first(of_class[j], lambda q, j=j: law[q][j], round(sum(J[j][k] for k in others[j])))
+        for k in others[j]:
+            by_rate |= first(of_class[j], lambda q, j=j, k=k: law[q][j] - law[q][k], round(J[j][k]))
+    total = sum(C[j][k] for j in range(4) for k in others[j])
+    by_rank = first(pixels, lambda q: law[q][given[q]], total)
+    best = {q: max(range(4), key=lambda k: law[q][k]) for q in pixels}
+    if prune == "confusion":
+        best = {q: as_class.get(q, given[q]) for q in pixels}
+    chosen = {"class": by_class, "noise-rate": by_rate, "both": by_class & by_rate, "rank": by_rank}
+    expected = {q for q in chosen.get(prune, pixels) if best[q] != given[q]}
+    assert {tuple(q) for q in found.wrong.nonzero().tolist()} == expected
+    assert all(int(found.believed[q]) == (best[q] if q in expected else given[q]) for q in pixels)
     assert not found.wrong[:, 0].any() and (found.believed[:, 0] == 255).all()
 
 
@@ -100,5 +119,7 @@ def test_refusals():
         pixel_quality(p, y, "best")
     with pytest.raises(DataError, match="void"):
         label_errors(p, torch.full_like(y, 255))
+    with pytest.raises(SettingsError, match="prune is one of"):
+        label_errors(p, y, "all")
     with pytest.raises(SettingsError, match="temperature"):
         image_quality(p[:, 0], -1.0)

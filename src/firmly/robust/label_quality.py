@@ -12,6 +12,7 @@ from firmly.robust.losses import VOID
 from firmly.robust.noise_models import valid_labels
 
 Score = Literal["self-confidence", "margin", "entropy-weighted"]
+Prune = Literal["class", "noise-rate", "both", "rank", "confusion"]
 
 
 def pixel_quality(probabilities: Tensor, labels: Tensor, score: Score = "self-confidence", void: int = VOID) -> Tensor:
@@ -78,34 +79,77 @@ class LabelErrors(NamedTuple):
     thresholds: Tensor
 
 
-def label_errors(probabilities: Tensor, labels: Tensor, void: int = VOID) -> LabelErrors:
-    """Confident learning: pixels labelled j that are confidently another class k.
+def label_errors(probabilities: Tensor, labels: Tensor, prune: Prune = "class", void: int = VOID) -> LabelErrors:
+    """Confident learning: how many labels of every class are wrong, and which.
 
     With t_k = mean of p_k over the pixels labelled k, a pixel counts as k if p_k >= t_k (the most probable such k). The
-    counts C[y, k], each row scaled to the number of labels y, are the `joint`. Wrong are those that count as a class
-    other than their label. Void pixels are never wrong, never counted, and stay void.
-    Source: Northcutt, Jiang and Chuang 2021, equations 1-3 (`C_confusion` off the diagonal).
+    counts C[y, k], each row scaled to the number of labels y, are the `joint` J. Wrong are, by `prune`,
+
+        "class"       of the pixels labelled j, sum_{k != j} J[j, k] with the lowest p_j,
+        "noise-rate"  for every j != k, J[j, k] of the pixels labelled j with the largest p_k - p_j,
+        "both"        those of both,
+        "rank"        of all pixels, sum_{j != k} C[j, k] with the lowest p_y (the choice of cleanlab for segmentation),
+        "confusion"   those that count as a class other than their label,
+
+    and, of all but the last, only pixels whose most probable class is not their label. Void pixels are never wrong,
+    never counted, and stay void.
+    Source: Northcutt, Jiang and Chuang 2021, equations 1-3 and section 3.2 (prune by class, by noise rate, both;
+    `C_confusion`).
     """
+    if prune not in get_args(Prune):
+        raise SettingsError(f"prune is one of {get_args(Prune)}, given {prune!r}")
     valid = checked(probabilities, labels, void)
     classes = probabilities.shape[1]
     pixels, given = probabilities.movedim(1, -1)[valid].double(), labels[valid].long()
     if len(given) == 0:
         raise DataError("all labels are void")
+    own = pixels.gather(1, given[:, None]).squeeze(1)
     counts = torch.bincount(given, minlength=classes)
-    sums = pixels.new_zeros(classes).index_add(0, given, pixels.gather(1, given[:, None]).squeeze(1))
+    sums = pixels.new_zeros(classes).index_add(0, given, own)
     thresholds = torch.where(counts > 0, sums / counts.clamp(min=1), torch.inf)
     confident = pixels >= thresholds
-    best = torch.where(confident, pixels, -1.0).argmax(1)
+    counted_as = torch.where(confident, pixels, -1.0).argmax(1)
     sure = confident.any(1)
-    joint = torch.bincount(given[sure] * classes + best[sure], minlength=classes**2).reshape(classes, classes).double()
+    pairs = torch.bincount(given[sure] * classes + counted_as[sure], minlength=classes**2)
+    joint = pairs.reshape(classes, classes).double()
     missing = joint.sum(1) == 0
     joint[missing, missing.nonzero()[:, 0]] = 1.0
     joint = joint / joint.sum(1, keepdim=True) * counts[:, None]
+
+    off = sure & (counted_as != given)
+    if prune == "confusion":
+        chosen, instead = off, counted_as
+    else:
+        instead = pixels.argmax(1)
+        chosen = pruned(pixels, given, own, joint, int(off.sum()), prune) & (instead != given)
     wrong = torch.zeros_like(valid)
-    wrong[valid] = sure & (best != given)
+    wrong[valid] = chosen
     believed = labels.clone()
-    believed[wrong] = best[sure & (best != given)].to(labels.dtype)
+    believed[wrong] = instead[chosen].to(labels.dtype)
     return LabelErrors(wrong, believed, joint / joint.sum(), thresholds)
+
+
+def pruned(pixels: Tensor, given: Tensor, own: Tensor, joint: Tensor, total: int, prune: Prune) -> Tensor:
+    """The pixels to prune, (pixels,), for as many errors in every class, pair or all as are estimated."""
+    if prune == "rank":
+        return lowest(own, torch.ones_like(given, dtype=torch.bool), total)
+    classes = torch.arange(joint.shape[0], device=given.device)
+    by_class = torch.zeros_like(given, dtype=torch.bool)
+    by_rate = torch.zeros_like(by_class)
+    for j in classes:
+        mine = given == j
+        by_class |= lowest(own, mine, int((joint[j].sum() - joint[j, j]).round()))
+        for k in classes[classes != j]:
+            by_rate |= lowest(own - pixels[:, k], mine, int(joint[j, k].round()))
+    return {"class": by_class, "noise-rate": by_rate, "both": by_class & by_rate}[prune]
+
+
+def lowest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Where the `count` lowest scores among some are."""
+    places = among.nonzero()[:, 0]
+    found = torch.zeros_like(among)
+    found[places[scores[places].topk(min(count, len(places)), largest=False, sorted=False).indices]] = True
+    return found
 
 
 def checked(probabilities: Tensor, labels: Tensor, void: int) -> Tensor:
