@@ -51,6 +51,15 @@ def test_known_rates(name, kappa, rho):
     )
 
 
+def test_a_smaller_constant_is_not_verified():
+    gain = presets.nesterov(0.5).gain
+    rate = certified_rate(gain, 0.5, 0.1, 1)
+    assert verified(rate, gain, 0.5, 0.1, 1) and rate.constant > 1.1
+    for constant in (0.999 * rate.constant, 1.0, 0.0, -rate.constant, math.inf):
+        assert not verified(rate._replace(constant=constant), gain, 0.5, 0.1, 1)
+    assert verified(rate._replace(constant=2 * rate.constant), gain, 0.5, 0.1, 1)
+
+
 def test_heavy_ball_has_no_rate_at_large_condition_numbers():
     preset, lr = tuned("heavy ball", 100)
     with pytest.raises(NotCertifiable, match="no rate below 1"):
@@ -103,5 +112,7 @@ def test_rates_of_an_optimiser():
     assert preset([p], lr / 5).rate(0.5, 5.0) == pytest.approx(0.751822, abs=1e-5)
     with pytest.raises(ConditionError, match="one learning rate without weight decay"):
         preset([p], lr, weight_decay=0.1).rate(0.1, 1.0)
+    with pytest.raises(ConditionError, match="of functions that are minimised"):
+        preset([p], lr, maximize=True).rate(0.1, 1.0)
     with pytest.raises(SettingsError, match="0 < m <= L"):
         preset([p], lr).rate(2.0, 1.0)

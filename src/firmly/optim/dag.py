@@ -149,9 +149,11 @@ class Dag(Optimizer):
     def rate(self, m: float, L: float) -> float:
         """`certified_rate`: |x_t - x*| <= c rho^t |x_0 - x*| on every m-strongly convex, L-smooth function, undecayed.
 
-        Raises `ConditionError` where groups differ in filter, rate or weight decay, or decay at all, and
+        Raises `ConditionError` where groups differ in filter, rate or weight decay, decay at all, or maximise, and
         `NotCertifiable` where no rho < 1 is proved.
         """
+        if any(group["maximize"] for group in self.param_groups):
+            raise ConditionError("a rate is proved of functions that are minimised, given maximize=True")
         rates = {(float(group["lr"]), float(group["weight_decay"])) for group in self.param_groups}
         if len(rates) > 1 or any(decay for _, decay in rates):
             raise ConditionError(f"a rate is proved for one learning rate without weight decay, given {sorted(rates)}")

@@ -50,8 +50,8 @@ def certified_rate(gain: AdaptationGain, lr: float, m: float, L: float) -> Rate:
             P = None if weight is None else _storage(gain, gain_of_unit, ratio, rho, weight)
             if weight is None or P is None:
                 continue
-            spectrum = np.linalg.eigvalsh(P)
-            least, greatest = float(spectrum[0] - 1e-14 * spectrum[-1]), float(spectrum[-1]) * (1 + 1e-14)  # rounding
+            greatest = _above_spectrum(P)
+            least = float(np.linalg.eigvalsh(P)[0]) - 1e-14 * greatest  # rounding
             if least > 0:
                 rate = Rate(rho + slack * (1 - rho), weight, P, math.sqrt(greatest / least) * (1 + 1e-15))
                 if verified(rate, gain, lr, m, L):
@@ -62,11 +62,12 @@ def certified_rate(gain: AdaptationGain, lr: float, m: float, L: float) -> Rate:
 
 
 def verified(rate: Rate, gain: AdaptationGain, lr: float, m: float, L: float) -> bool:
-    """Does the storage function prove this rate for exactly these numbers? No solver is asked, and nothing is rounded.
+    """Does the storage function prove this rate and this constant for exactly these numbers? No solver is asked.
 
-    P > 0 and the matrix inequality are decided by pivots in rational arithmetic.
+    P > 0, the matrix inequality and the condition number of P, at most constant^2, are decided by pivots in rational
+    arithmetic: nothing is rounded.
     """
-    if not 0 <= rate.weight <= Fraction(rate.rho) ** 2 < 1:
+    if not 0 <= rate.weight <= Fraction(rate.rho) ** 2 < 1 <= rate.constant < math.inf:
         return False
     lr_of_unit, ratio = Fraction(lr) * Fraction(L), Fraction(m) / Fraction(L)
     A, B, C = state_space(gain, lr_of_unit)
@@ -76,7 +77,14 @@ def verified(rate: Rate, gain: AdaptationGain, lr: float, m: float, L: float) ->
     weight, P = Fraction(rate.weight), np.vectorize(Fraction, otypes=[object])(rate.storage)
     smooth, convex = np.append(C, [weight, -1])[None], np.append(-ratio * C, [0, 1])[None]
     decrease = Fraction(rate.rho) ** 2 * E.T @ P @ E - step.T @ P @ step - smooth.T @ convex - convex.T @ smooth
-    return bool((P == P.T).all()) and is_positive_definite(P) and is_positive_definite(decrease)
+    unit, greatest = np.eye(len(P), dtype=int).astype(object), Fraction(_above_spectrum(rate.storage))
+    bounds = (greatest * unit - P, P - greatest / Fraction(rate.constant) ** 2 * unit)
+    return bool((P == P.T).all()) and all(map(is_positive_definite, (decrease, *bounds)))
+
+
+def _above_spectrum(P: np.ndarray) -> float:
+    """A little more than the greatest eigenvalue."""
+    return float(np.linalg.eigvalsh(P)[-1]) * (1 + 1e-14)
 
 
 def is_positive_definite(M: np.ndarray) -> bool:
