@@ -200,10 +200,13 @@ def test_refusals():
     for o in (APosteriori(p), BlockKalman(p)):
         with pytest.raises(ConditionError):
             o.step()
-        for loss in (-1.0, math.nan):
+        for loss in (-1.0, math.nan, math.inf):
             with pytest.raises(DataError):
                 o.step(loss=loss)
         o.step(loss=0.0)
+    for curvature in (math.nan, math.inf):
+        with pytest.raises(DataError):
+            APosteriori(p).step(curvature=curvature)
     assert torch.equal(p[0].detach(), torch.zeros(2))
     with pytest.raises(ConditionError, match="backward"):
         gauss_newton_curvature(nn.Linear(2, 2), torch.ones(1, 2), torch.sum)

@@ -221,6 +221,8 @@ def test_loss_event():
     event.restart()
     assert event.happens(1e-9)
     assert all(LossEvent(0.0).happens(loss) for loss in (1, 0, 0.5))
+    with pytest.raises(DataError, match="is not negative"):
+        LossEvent(0.0).happens(-1.0)
     for bad in ({"threshold": 1.5}, {"memory": 0}):
         with pytest.raises(SettingsError):
             LossEvent(**bad)

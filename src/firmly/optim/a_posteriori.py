@@ -37,8 +37,9 @@ class APosteriori(Optimizer):
 
     For a linear regression, one observation at a time with the loss (y - phi' theta)^2 / 2, both are `ImplicitStep`:
     stable for every f > 0 if `gain.pr()`. For a network that is the idea and no theorem. Raises `SettingsError`,
-    `DataError` for a loss below `floor`, `ConditionError` where a step gets neither a loss nor a curvature.
-    Source: Landau, Airimitoaie, Vau, Buche, arXiv 2404.12672 (regression); for networks derived in the docs.
+    `DataError` for a loss below `floor`, a loss or curvature that is not finite, `ConditionError` where a step gets
+    neither. Source: Landau, Airimitoaie, Vau, Buche, arXiv 2404.12672 (regression); for networks derived in the
+    docs.
     """
 
     def __init__(
@@ -96,11 +97,16 @@ class APosteriori(Optimizer):
         if curvature is not None:
             if len({float(rate) for rate, _ in groups}) > 1:
                 raise ConditionError("a curvature belongs to one direction: the groups need the same lr")
-            growth = groups[0][0] * torch.as_tensor(curvature).clamp(min=0)
+            curvature = torch.as_tensor(curvature).detach()
+            if not bool(curvature.isfinite()):
+                raise DataError(f"the curvature is {float(curvature)}: training diverged")
+            growth = groups[0][0] * curvature.clamp(min=0)
         elif loss is not None:
             excess = torch.as_tensor(loss).detach() - self.floor
-            if not bool(excess >= 0):
-                raise DataError(f"the loss is {float(excess) + self.floor}, and floor, its least value, {self.floor}")
+            if not bool((excess >= 0) & excess.isfinite()):
+                raise DataError(
+                    f"the loss is {float(excess) + self.floor}; it is finite and at least floor, {self.floor}"
+                )
             energy = torch.stack([rate * squared_norm(gradients).to(excess) for rate, gradients in groups]).sum()
             growth = torch.where(energy > 0, energy / (2 * excess), 0.0)
         else:

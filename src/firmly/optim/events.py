@@ -61,6 +61,7 @@ class LossEvent:
 
     The mean forgets exponentially with a memory of about `memory` batches and takes in every loss, skipped or not, so
     that the fraction of skipped batches follows the spread of the losses, not their level. `threshold=0` never skips.
+    Raises `DataError` for a negative loss, of which "small" says nothing.
     """
 
     def __init__(self, threshold: float = 0.5, memory: float = 100.0):
@@ -76,6 +77,8 @@ class LossEvent:
     def happens(self, loss: float | Tensor) -> bool:
         """Compares with the mean of the losses before this one, then takes this one into it."""
         value = loss_value(loss)
+        if value < 0:
+            raise DataError(f"a loss that is compared with its mean is not negative, given {value}")
         event = self.seen == 0 or value >= self.threshold * self.mean
         self.seen += 1
         self.mean += (value - self.mean) / min(self.seen, self.memory)
