@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from firmly.data import covtype
 from firmly.errors import SettingsError
 from firmly.lab.experiments import optim_page as page
+from firmly.lab.experiments.bregman_data import Samples, Split
 from firmly.lab.experiments.optim import OptimSettings, grid, read, tasks
-from firmly.lab.experiments.optim_data import Stream, electricity
+from firmly.lab.experiments.optim_data import Chunks, Stream, chunked, electricity, forest, incremental, whole
 from firmly.lab.experiments.optim_gains import FILTERS, dc_gain
+from firmly.lab.experiments.optim_goal import beside, verdict
 from firmly.lab.experiments.optim_linear import a_posteriori, linear_section, logistic, regressors
 from firmly.lab.experiments.optim_methods import Horizon, Method, Stepping, cosine, feedback, methods, missing
-from firmly.lab.experiments.optim_runs import Compared, Kept, Record, Size, choice, compare
+from firmly.lab.experiments.optim_runs import Clock, Compared, Kept, Record, Size, choice, compare
 from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, recovery, width, windowed
 from firmly.lab.page import Table
 from firmly.lab.run_folder import RunFolder
@@ -67,7 +70,7 @@ def test_recovery():
 def test_streams():
     pytest.importorskip("sklearn", reason="needs scikit-learn, the extra `sklearn`")
     settings = OptimSettings(length=600, parts=3, first=0.3, task=("stream", "permuted"))
-    assert tasks(settings) == ["rotating", "permuted", "elec2"]
+    assert tasks(settings) == ["rotating", "permuted", "elec2", "covtype"]
     rotating, permuted = read("rotating", settings), read("permuted", settings)
     assert isinstance(rotating, Stream) and isinstance(permuted, Stream)
     assert permuted.drifts == (200, 400) and rotating.drifts == ()
@@ -92,8 +95,104 @@ def test_turned_pictures():
 
 
 def test_spirals_need_nothing():
-    split = read("spirals", OptimSettings(train=40, test=20))
-    assert not isinstance(split, Stream) and len(split.train.x) == 40 and split.classes == 2
+    data = read("spirals", OptimSettings(train=40, test=20))
+    assert isinstance(data, Chunks) and data.samples == 40 and data.classes == 2 and len(data.chunks) == 1
+
+
+def labelled(count: int, classes: int) -> Samples:
+    labels = torch.arange(count) % classes
+    return Samples(torch.arange(count).float()[:, None], labels)
+
+
+def test_chunks():
+    split = Split("x", labelled(23, 5), labelled(7, 5), labelled(11, 5), 5, None)
+    found = chunked(split, 4)
+    assert [c.x.flatten().tolist() for c in found.chunks] == [list(range(5 * k, 5 * k + 5)) for k in range(4)]
+    assert found.samples == 20 and len(found.tests) == 4 and found.validation is split.validation
+    alone = whole(split)
+    assert alone.chunks == (split.train,) and alone.tests == (split.test,) and not alone.incremental
+
+
+def test_classes_come_in_pairs():
+    found = incremental(Split("x", labelled(26, 6), labelled(12, 6), labelled(18, 6), 6, None))
+    assert [sorted(c.labels.unique().tolist()) for c in found.chunks] == [[0, 1], [2, 3], [4, 5]]
+    assert {len(c.x) for c in found.chunks} == {8}
+    assert [t.labels.unique().tolist() for t in found.tests] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert found.validation.labels.unique().tolist() == [0, 1] and found.incremental
+
+
+def test_what_is_scored_in_chunks(tmp_path):
+    kept = Kept(RunFolder(tmp_path), "x", lambda: None)
+    x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0.5).long() + 2 * (x[:, 1] > 0.5).long()
+    split = Split("x", *[Samples(x, labels)] * 3, 4, None)
+    for data, score in ((chunked(split, 2), "final"), (incremental(split), "mean")):
+        found = kept.run(data, SGD, 0.1 if score == "final" else 0.2, 0, SIZE)
+        assert len(found.curve) == 4 and found.backward == found.forward
+        assert found.final == found.curve[-1][1] and found.mean == pytest.approx(sum(v for _, v in found.curve) / 4)
+        assert found.score == getattr(found, score) and 0 < found.chosen_by[0] <= 1
+
+
+def test_forests_are_scaled_by_their_first_part():
+    stream = forest(1000, 0.2)
+    torch.testing.assert_close(stream.x[:200, :10].mean(0), torch.zeros(10), rtol=0, atol=1e-4)
+    assert sorted(stream.x[:, 10:].unique().tolist()) == [0, 1] and stream.classes == 7
+    torch.testing.assert_close(stream.x[:, 10:], covtype().x[:1000, 10:])
+    assert float(covtype().x[0, 0]) == 2596  # the data themselves are left alone
+    assert (
+        stream.no_change()
+        != stream.no_change(0.5)
+        == float((stream.labels[501:] == stream.labels[500:-1]).double().mean())
+    )
+
+
+# -- slow steps ------------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Every step costs as many passes as it is told."""
+
+    def __init__(self, forward: int, backward: int):
+        self.each, self.forward, self.backward = (forward, backward), 0, 0
+
+    def learn(self):
+        self.forward, self.backward = self.forward + self.each[0], self.backward + self.each[1]
+
+
+@pytest.mark.parametrize(
+    ("each", "delay", "learnt"),
+    [((1, 1), "passes", 12), ((2, 2), "passes", 6), ((2, 1), "passes", 9), ((1, 0), "passes", 12), ((4, 1), "none", 12),
+     ((4, 4), "passes", 3)],
+)  # fmt: skip
+def test_slow_steps_miss_batches(each, delay, learnt):
+    clock, learner, seen = Clock(delay, nn.Linear(1, 1), torch.zeros(1, 1), torch.zeros(1).long()), Slow(*each), 0
+    for _ in range(12):
+        if not clock.late():
+            with clock.running(learner):  # type: ignore[arg-type]
+                learner.learn()
+            seen += 1
+    assert seen == learnt and clock.missed == 12 - learnt
+
+
+def test_steps_may_be_timed(tmp_path):
+    twice = Method("twice", lambda p, lr: Twice(p, lr))
+    stream = electricity(400, 0.3)
+    counted, timed, free = (
+        Kept(RunFolder(tmp_path / delay), "x", lambda: None).run(stream, twice, 0.1, 0, SIZE._replace(delay=delay))
+        for delay in ("passes", "seconds", "none")
+    )
+    assert (counted.missed, counted.backward, counted.forward) == (0.5, 40, 40)
+    assert 0 <= timed.missed < 1 and (free.missed, free.backward) == (0, 80)
+    assert len(counted.curve) == len(free.curve)
+
+
+class Twice(torch.optim.SGD):
+    """Two gradients for every step."""
+
+    def step(self, closure=None):
+        assert closure is not None
+        closure()
+        return super().step(closure)
 
 
 def test_electricity_is_scaled_by_its_first_part():
@@ -118,7 +217,8 @@ def test_every_method_learns(method):
         with learner.predicting():
             before = net(x)
         outputs, loss = learner.learn(x, labels)
-        assert torch.equal(outputs, before) and not outputs.requires_grad
+        torch.testing.assert_close(outputs, before, rtol=1e-5, atol=1e-6)
+        assert not outputs.requires_grad
         losses.append(loss)
         if step % 10 == 9:
             learner.end_window(sum(losses[-10:]) / 10)
@@ -159,6 +259,31 @@ def test_choices_never_look_at_the_score():
     grid_ = [record(0.1, 0.8, 0.1), record(1.0, 0.7, 0.9), record(10.0, 0.8, 0.5, loss=0.5)]
     assert choice(grid_).rate == 10.0
     assert Compared(SGD, grid_, []).chosen.score == 0.5
+
+
+def test_the_goal_takes_all_seeds_of_every_rate():
+    def runs(name: str, role: str, *scores: tuple[float, float]) -> Compared:
+        every = [[record(10.0**k, a, a), record(10.0**k, b, b)] for k, (a, b) in zip(range(-3, 3), scores)]
+        return Compared(Method(name, role=role), [r[0] for r in every], every[2], every)  # type: ignore[arg-type]
+
+    adam = runs("Adam", "other", (0.5, 0.5), (0.8, 0.9), (0.7, 0.7), (0.7, 0.7), (0.7, 0.7), (0.7, 0.7))
+    ours = runs("hybrid", "ours", (0.1, 0.1), (0.8, 0.8), (0.9, 0.7), (0.71, 0.69), (0.8, 0.8), (0.0, 0.0))
+    at = beside([adam, ours], 1e-2, 10.0)
+    assert at.ours[0].rate == 1.0 and at.to_adam.mean == pytest.approx(0.0)
+    assert at.hindsight[0].rate == 1e-2 and at.to_hindsight.mean == pytest.approx(-15.0)
+    assert "It is met. " in verdict({"x": at}) and "it is missed on x" in verdict({"x": at})
+    low = beside([adam, ours], 1e-3, 10.0)
+    assert low.to_adam.mean == pytest.approx(-60.0) and "missed on x, by 60.0" in verdict({"x": low})
+
+
+def test_thorough_methods_run_everywhere(tmp_path):
+    data = read("spirals", OptimSettings(train=40, test=20))
+    assert set(THOROUGH) <= {m.name for m in methods()}
+    named = [Method("Adam", torch.optim.Adam), SGD]
+    adam, sgd = compare(data, named, [0.1, 1.0], [0, 1, 2], SIZE, Kept(RunFolder(tmp_path), "x", lambda: None))
+    assert sgd.everywhere is None and adam.everywhere is not None
+    assert [[r.rate for r in runs] for runs in adam.everywhere] == [[0.1, 0.1], [1.0, 1.0]]
+    assert adam.runs in adam.everywhere and adam.runs[0].rate == adam.chosen.rate
 
 
 def test_one_configuration():

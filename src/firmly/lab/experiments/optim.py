@@ -1,4 +1,4 @@
-"""Optimisers compared by one protocol: a fixed data set or a stream, equal search budgets, several seeds."""
+"""Optimisers compared by one protocol on data sets, chunks and streams: equal search budgets, several seeds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,36 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from firmly.lab.experiments import optim_page as page
-from firmly.lab.experiments.bregman_data import Split
-from firmly.lab.experiments.optim_data import Fixed, Pictures, Stream, electricity, fixed, permuted, rotating
+from firmly.lab.experiments.optim_data import (
+    Chunks,
+    Fixed,
+    Pictures,
+    Stream,
+    chunked,
+    electricity,
+    fixed,
+    forest,
+    incremental,
+    permuted,
+    rotating,
+    whole,
+)
 from firmly.lab.experiments.optim_gains import equal_gain_section, proof_section
+from firmly.lab.experiments.optim_goal import goal_section
 from firmly.lab.experiments.optim_linear import linear_section
 from firmly.lab.experiments.optim_methods import methods, missing
-from firmly.lab.experiments.optim_runs import Compared, Kept, Size, compare
+from firmly.lab.experiments.optim_runs import THOROUGH, Compared, Delay, Kept, Size, compare
 from firmly.lab.flows import STUDENT
 from firmly.lab.page import Page, Section
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.settings import require
 from firmly.lab.study import Listener, Study
 
-Task = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100", "rotating", "permuted", "elec2",
-    "stream",
+Task = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100", "chunked-digits", "chunked-mnist",
+    "chunked-fashion", "chunked-cifar10", "incremental-digits", "incremental-mnist", "incremental-fashion",
+    "incremental-cifar10", "rotating", "permuted", "elec2", "covtype", "stream",
 ]  # fmt: skip
-STREAMS: tuple[Task, ...] = ("rotating", "permuted", "elec2")
+STREAMS: tuple[Task, ...] = ("rotating", "permuted", "elec2", "covtype")
 
 
 @dataclass(frozen=True)
@@ -30,9 +44,11 @@ class OptimSettings:
     """Every method learns every `task` with `rates` learning rates from `lowest` to `highest`, evenly spaced by their
     logarithm; with the one that is best on choosing samples it learns again with `seeds` other seeds.
 
-    Fixed sets: `train` samples at most, in `epochs` epochs. Streams: `length` samples of `pictures`, once; the `first`
-    part chooses; permuted ones change `parts` - 1 times. "stream" stands for all streams. Networks have two layers of
-    `hidden` units. `published` is the rate at which PID and momentum are compared.
+    Sets: `train` samples at most, in `epochs` passes; chunked ones come in `parts` chunks, incremental ones two classes
+    at a time, with as many passes over each. Streams: `length` samples (permuted and rotating ones of `pictures`),
+    once; the `first` part chooses; permuted ones change `parts` - 1 times. "stream" stands for all streams. `delay`:
+    what slow steps cost on streams. Networks have two layers of `hidden` units. `published` is the rate at which PID
+    and momentum are compared.
     """
 
     task: tuple[Task, ...] = ("digits", "permuted", "elec2")
@@ -51,6 +67,7 @@ class OptimSettings:
     first: float = 0.2
     window: int = 8
     ahead: int = 4
+    delay: Delay = "passes"
     published: float = 0.01
     seed: int = 0
     threads: int = 1
@@ -81,25 +98,29 @@ def tasks(settings: OptimSettings) -> list[Task]:
     return list(dict.fromkeys(named))
 
 
-def read(task: Task, settings: OptimSettings) -> Split | Stream:
+def read(task: Task, settings: OptimSettings) -> Chunks | Stream:
     if task == "rotating":
         return rotating(settings.pictures, settings.length, settings.seed)
     if task == "permuted":
         return permuted(settings.pictures, settings.length, settings.parts, settings.seed)
     if task == "elec2":
         return electricity(settings.length, settings.first)
-    assert task in get_args(Fixed)
-    return fixed(task, settings.train, settings.test, settings.seed)
+    if task == "covtype":
+        return forest(settings.length, settings.first)
+    way, _, name = task.rpartition("-")
+    assert name in get_args(Fixed)
+    split = fixed(name, settings.train, settings.test, settings.seed)
+    return {"": whole, "chunked": lambda s: chunked(s, settings.parts), "incremental": incremental}[way](split)
 
 
 def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Page:
-    size = Size(settings.hidden, settings.batch, settings.epochs, settings.first, settings.window, settings.ahead)
+    s = settings
+    size = Size(s.hidden, s.batch, s.epochs, s.first, s.window, s.ahead, s.delay)
     rates, seeds = grid(settings), range(settings.seed, settings.seed + settings.seeds + 1)
     data = {task: read(task, settings) for task in tasks(settings)}
-    allowed = {
-        task: [m for m in methods() if not m.drifts or (isinstance(d, Stream) and d.drifts)] for task, d in data.items()
-    }
-    done, total = 0, sum(map(len, allowed.values())) * (len(rates) + settings.seeds) + 4 * settings.seeds
+    allowed = {task: [m for m in methods() if not m.drifts or drifts(d)] for task, d in data.items()}
+    trained = [(len(rates) if m.name in THOROUGH else 1) * settings.seeds for some in allowed.values() for m in some]
+    done, total = 0, sum(trained) + len(trained) * len(rates) + 4 * settings.seeds
 
     def one_more() -> None:
         nonlocal done
@@ -112,8 +133,8 @@ def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Pag
     }
     shared = page.shared_configurations(found)
     first = next(iter(data))
-    sections: list[Section] = [page.shared_section(found, shared)]
-    sections += [page.task_section(task, data[task], found[task], run_folder) for task in data]
+    sections: list[Section] = [goal_section(data, found, shared), page.shared_section(found, shared)]
+    sections += [page.task_section(task, data[task], found[task], settings.first, run_folder) for task in data]
     sections.append(
         equal_gain_section(first, data[first], found[first], settings.published, seeds[1:], size, kept[first])
     )
@@ -123,12 +144,23 @@ def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Pag
     return Page(page.headline(found), summary(settings, missing()), tuple(sections), page.facts(found))
 
 
+def drifts(data: Chunks | Stream) -> bool:
+    """Are there changes at known times?"""
+    return bool(data.drifts) if isinstance(data, Stream) else len(data.chunks) > 1
+
+
 def summary(settings: OptimSettings, absent: list[str]) -> str:
     text = (
         f"Every method tries the same {settings.rates} learning rates from {settings.lowest:g} to {settings.highest:g} "
         f"with one seed; the best by samples that are not reported runs again with {settings.seeds} other seeds. "
         "Nothing else is tuned. Seconds are those of learning, on this machine; passes are counted."
     )
+    if settings.delay != "none":
+        counted = {"passes": "passes, a backward one for two forward ones", "seconds": "seconds, on this machine"}
+        text += (
+            " Streams do not wait: a step that costs more than one of SGD misses batches, which it predicts only; cost "
+            f"is counted in {counted[settings.delay]}."
+        )
     if absent:
         text += f" Not compared, because not installed: {', '.join(absent)} (pip install 'firmly[optim]')."
     return text

@@ -1,4 +1,4 @@
-"""What optimisers are compared on: fixed data sets to classify, and streams whose law may change."""
+"""What optimisers are compared on: data sets to classify, whole or chunk by chunk, and streams whose law may change."""
 
 from __future__ import annotations
 
@@ -9,13 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from firmly.data import cifar10, cifar100, elec2
+from firmly.data import cifar10, cifar100, covtype, elec2
 from firmly.lab.experiments.bregman_data import Samples, Split, read
 
 Fixed = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100"]
 Pictures = Literal["digits", "mnist", "fashion"]
 
 TURN = 180.0  # degrees, over the whole stream
+
+
+class Chunks(NamedTuple):
+    """Samples that come chunk by chunk, to be learnt in several passes over each; a whole set is one chunk.
+
+    Rates are chosen by `validation`, of the law of the first chunk, when that has been learnt.
+    """
+
+    told: str
+    chunks: tuple[Samples, ...]  # of equal lengths
+    validation: Samples
+    tests: tuple[Samples, ...]  # what is asked while each chunk is learnt
+    classes: int
+    incremental: bool = False  # every chunk has classes of its own, and the tests are of the classes so far
+
+    @property
+    def samples(self) -> int:
+        return sum(len(chunk.x) for chunk in self.chunks)
 
 
 class Stream(NamedTuple):
@@ -27,10 +45,10 @@ class Stream(NamedTuple):
     classes: int
     drifts: tuple[int, ...] = ()
 
-    @property
-    def no_change(self) -> float:
-        """The accuracy of predicting the label before."""
-        return float((self.labels[1:] == self.labels[:-1]).double().mean())
+    def no_change(self, first: float = 0.0) -> float:
+        """The accuracy of predicting the label before, but for the `first` part."""
+        labels = self.labels[int(first * len(self.labels)) :]
+        return float((labels[1:] == labels[:-1]).double().mean())
 
 
 def fixed(task: Fixed, train: int, test: int, seed: int) -> Split:
@@ -55,6 +73,35 @@ def _as_read(task: Fixed, train: int, test: int, seed: int) -> Split:
         name, classes = {"cifar10": ("CIFAR-10", 10), "cifar100": ("CIFAR-100", 100)}[task]
         return Split(f"{name}, colour pictures of 32 × 32 pixels", *parts, classes, None)
     return read("fashion-mnist" if task == "fashion" else task, train, test, seed)
+
+
+def whole(split: Split) -> Chunks:
+    return Chunks(split.told, (split.train,), split.validation, (split.test,), split.classes)
+
+
+def chunked(split: Split, parts: int) -> Chunks:
+    """The training samples in `parts` chunks of one law."""
+    size = len(split.train.x) // parts
+    chunks = [Samples(*(v[k * size : (k + 1) * size] for v in split.train)) for k in range(parts)]
+    told = f"{split.told}, in {parts} chunks"
+    return Chunks(told, tuple(chunks), split.validation, (split.test,) * parts, split.classes)
+
+
+def incremental(split: Split) -> Chunks:
+    """The classes in pairs, one after the other; as many samples of each pair as there are of the rarest."""
+    pairs = [(k, k + 1) for k in range(0, split.classes - 1, 2)]
+    found = [_of(split.train, pair) for pair in pairs]
+    size = min(len(part.x) for part in found)
+    chunks = tuple(Samples(part.x[:size], part.labels[:size]) for part in found)
+    tests = tuple(_of(split.test, (0, last)) for _, last in pairs)
+    told = f"{split.told}, two classes at a time"
+    return Chunks(told, chunks, _of(split.validation, pairs[0]), tests, split.classes, True)
+
+
+def _of(samples: Samples, classes: tuple[int, int]) -> Samples:
+    """Those of the classes from the first to the last."""
+    inside = (samples.labels >= classes[0]) & (samples.labels <= classes[1])
+    return Samples(samples.x[inside], samples.labels[inside])
 
 
 def rotating(pictures: Pictures, length: int, seed: int) -> Stream:
@@ -84,6 +131,16 @@ def electricity(length: int, first: float) -> Stream:
     x, labels = (part[:length] for part in elec2())
     known = x[: max(2, int(first * len(x)))]
     return Stream("Elec2, prices of electricity", (x - known.mean(0)) / known.std(0).clamp(min=1e-3), labels, 2)
+
+
+def forest(length: int, first: float) -> Stream:
+    """The first `length` rows of Covertype; the ten numbers are standardised as in `electricity`, areas and soils are
+    0 or 1."""
+    x, labels = (part[:length].clone() for part in covtype())
+    numbers = x[:, :10]
+    known = numbers[: max(2, int(first * len(x)))]
+    x[:, :10] = (numbers - known.mean(0)) / known.std(0)
+    return Stream("Covertype, trees of a forest", x, labels, 7)
 
 
 def _repeated(pictures: Pictures, length: int, seed: int) -> tuple[str, Tensor, Tensor]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from torch.optim import SGD
 
 from firmly.lab.charts import Line, number
-from firmly.lab.experiments.bregman_data import Split
-from firmly.lab.experiments.optim_data import Stream
+from firmly.lab.experiments.optim_data import Chunks, Stream
 from firmly.lab.experiments.optim_methods import PID, POSITIVE_REAL, TUSTIN, Method
 from firmly.lab.experiments.optim_page import mean, named, shown
 from firmly.lab.experiments.optim_runs import Compared, Kept, Size
@@ -34,7 +33,7 @@ def dc_gain(preset: Preset) -> float:
 
 
 def equal_gain_section(
-    task: str, data: Split | Stream, found: Sequence[Compared], rate: float, seeds: Sequence[int], size: Size,
+    task: str, data: Chunks | Stream, found: Sequence[Compared], rate: float, seeds: Sequence[int], size: Size,
     kept: Kept,
 ) -> Section:  # fmt: skip
     """Scores over rate times DC gain; and the published comparison of PID with momentum beside its fair one."""

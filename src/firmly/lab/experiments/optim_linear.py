@@ -95,7 +95,7 @@ def linear_section(stream: Stream, listen: Listener) -> Section:
         best = max(swept.accuracies)
         rows.append((
             name, f"{100 * best:.1f}", f"{100 * min(swept.accuracies):.1f}", f"{100 * swept.spread:.1f}",
-            f"{kappa_temporal(best, stream.no_change):.2f}", None if gain is None else f"{gain.pr_margin():.3f}",
+            f"{kappa_temporal(best, stream.no_change()):.2f}", None if gain is None else f"{gain.pr_margin():.3f}",
             None if gain is None else "every rate" if gain.pr() else limit(gain, phi),
         ))  # fmt: skip
     columns = ("method", "best, %", "worst, %", "spread", "kappa of the best", "PR margin", "proved stable")
@@ -103,7 +103,7 @@ def linear_section(stream: Stream, listen: Listener) -> Section:
         f"{len(phi)} rows, six features standardised as they come, one bias; each row is predicted, then learnt from. "
         "Nothing is chosen: every rate is shown. Stable is meant for regression without noise: the sum of squared "
         "errors after the steps is bounded, whatever the regressors do. It is no statement about accuracy. Repeating "
-        f"the last label reaches {100 * stream.no_change:.1f}%, and high rates come near to doing just that."
+        f"the last label reaches {100 * stream.no_change():.1f}%, and high rates come near to doing just that."
     )
     return Section("A linear model, sample by sample", text, (chart, Table(columns, rows, ours=(0, 1, 2))))
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from firmly.lab.charts import Line
-from firmly.lab.experiments.bregman_data import Split
 from firmly.lab.experiments.bregman_pictures import Band
-from firmly.lab.experiments.optim_data import Stream
+from firmly.lab.experiments.optim_data import Chunks, Stream
 from firmly.lab.experiments.optim_pictures import curves_picture
 from firmly.lab.experiments.optim_runs import Compared, Record
 from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, width
@@ -55,7 +54,10 @@ def scores(found: Compared) -> list[float]:
 # -- one task --------------------------------------------------------------------------------------------------------
 
 
-def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run: RunFolder) -> Section:
+def task_section(
+    task: str, data: Chunks | Stream, found: Sequence[Compared], first: float, run: RunFolder
+) -> Section:  # fmt: skip
+    """`first` is the share of a stream that chose the rates."""
     drawn = pick(found)
     axis = "samples seen" if isinstance(data, Stream) else "samples learnt from"
     name = "accuracy of a window, before it is learnt" if isinstance(data, Stream) else "test accuracy"
@@ -70,24 +72,35 @@ def task_section(task: str, data: Split | Stream, found: Sequence[Compared], run
     ]
     caption = "The seed on which rates were chosen, but samples that chose nothing."
     chart = Chart(lines, "learning rate", "accuracy in percent", caption, log_x=True, dots=True)
-    table = stream_table(data, found) if isinstance(data, Stream) else fixed_table(found)
+    table = stream_table(data, found, first) if isinstance(data, Stream) else chunk_table(data, found)
     blocks = (curves, table, chart, cost_table(found))
-    return Section(f"{task[0].upper()}{task[1:]}", told(data, found), blocks)
+    return Section(f"{task[0].upper()}{task[1:]}".replace("-", " "), told(data, found, first), blocks)
 
 
-def told(data: Split | Stream, found: Sequence[Compared]) -> str:
+def told(data: Chunks | Stream, found: Sequence[Compared], first: float) -> str:
     if isinstance(data, Stream):
         text = (
             f"{len(data.x)} samples. Data: {data.told}. Every batch is predicted, scored, then learnt from, once. "
             "Rates were chosen by the accuracy of the first part; all numbers are of the rest. Repeating the last "
-            f"label is right {100 * data.no_change:.1f}% of the time; it sees every label at once, the networks "
+            f"label is right {100 * data.no_change(first):.1f}% of the time; it sees every label at once, the networks "
             "see those of a batch together."
         )
     else:
         text = (
-            f"Data: {data.told}; {len(data.train.x)} samples to learn, {len(data.validation.x)} to choose the rate, "
-            f"{len(data.test.x)} for the test."
+            f"Data: {data.told}; {data.samples} samples to learn, {len(data.validation.x)} to choose the rate, "
+            f"{len(data.tests[-1].x)} for the test."
         )
+        if len(data.chunks) > 1:
+            text += (
+                " There are several passes over a chunk, each followed by a test; then it never comes back. Rates were "
+                "chosen by the validation samples after the first chunk."
+            )
+        if data.incremental:
+            text += (
+                " Validation samples are of the first two classes, and every test is of the classes so far. The score "
+                "is the mean over all passes (AAA). Nothing here keeps old classes in mind: who learns the new ones "
+                "forgets the others, and a score can be high where little is learnt."
+            )
     return f"{text} {verdict(found)} {recovers(data, found)}".rstrip()
 
 
@@ -101,13 +114,13 @@ def verdict(found: Sequence[Compared]) -> str:
     )
 
 
-def recovers(data: Split | Stream, found: Sequence[Compared]) -> str:
+def recovers(data: Chunks | Stream, found: Sequence[Compared]) -> str:
     """How fast, where there are drifts: the preferred of ours, the strongest peer, Adam and SGD with a cosine."""
     if not isinstance(data, Stream) or not found[0].runs[0].recovery:
         return ""
     peer = strongest(found)
     methods = [preferred(found), peer, named(found, "Adam"), named(found, "SGD, cosine")]
-    times = {c.method.name: f"{c.method.name} {mean(to_peer(data, found, c)):.0f}" for c in methods}
+    times = {c.method.name: f"{c.method.name} {mean(to_peer(data, found, c.runs)):.0f}" for c in methods}
     return (
         f"Samples from a drift to 95% of what {peer.method.name} knew before it: {', '.join(times.values())}. All are "
         "tuned on the first part, before any drift: a rate that is best there may be a bad one later."
@@ -137,21 +150,31 @@ def band(found: Compared) -> Band:
     return Band(found.method.name, [point[0][0] for point in points], [i.mean for i in at], low, high)
 
 
-def fixed_table(found: Sequence[Compared]) -> Table:
-    rows = [(c.method.name, rate_of(c), shown(scores(c))) for c in found]
-    return Table(("method", "rate", "accuracy, %"), rows, NOTES, ours_of(found))
+def chunk_table(data: Chunks, found: Sequence[Compared]) -> Table:
+    if len(data.chunks) == 1:
+        return Table(("method", "rate", "accuracy, %"), [(c.method.name, rate_of(c), shown(scores(c))) for c in found],
+                     NOTES, ours_of(found))  # fmt: skip
+    rows = [
+        (c.method.name, rate_of(c), shown([r.final or 0.0 for r in c.runs]), shown([r.mean or 0.0 for r in c.runs]))
+        for c in found
+    ]
+    columns = ("method", "rate", "accuracy in the end, %", "mean over passes, %")
+    return Table(columns, rows, NOTES, ours_of(found))
 
 
-def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
+def stream_table(stream: Stream, found: Sequence[Compared], first: float) -> Table:
     drifts = bool(found[0].runs[0].recovery)
-    rows = []
+    repeated = stream.no_change(first)
+    rows: list[tuple] = [
+        ("repeat the last label", None, f"{100 * repeated:.2f}", "0.00", None, *([None, None] if drifts else []))
+    ]
     for c in found:
         row = [
-            c.method.name, rate_of(c), shown(scores(c)), f"{kappa_temporal(mean(scores(c)), stream.no_change):.2f}",
+            c.method.name, rate_of(c), shown(scores(c)), f"{kappa_temporal(mean(scores(c)), repeated):.2f}",
             shown([r.near_future or 0.0 for r in c.runs]),
         ]  # fmt: skip
         if drifts:
-            row += [f"{mean([r.recovery or 0.0 for r in c.runs]):.0f}", f"{mean(to_peer(stream, found, c)):.0f}"]
+            row += [f"{mean([r.recovery or 0.0 for r in c.runs]):.0f}", f"{mean(to_peer(stream, found, c.runs)):.0f}"]
         rows.append(tuple(row))
     recovery = ("to own level", "to the peer’s level") if drifts else ()
     columns = ("method", "rate", "accuracy, %", "kappa", "ahead, %", *recovery)
@@ -165,7 +188,7 @@ def stream_table(stream: Stream, found: Sequence[Compared]) -> Table:
             f"little has little to recover) or that of {strongest(found).method.name}; all samples up to the next "
             "drift where that never happens."
         )
-    return Table(columns, rows, NOTES + note, ours_of(found))
+    return Table(columns, rows, NOTES + note, [i + 1 for i in ours_of(found)])
 
 
 def cost_table(found: Sequence[Compared]) -> Table:
@@ -176,13 +199,17 @@ def cost_table(found: Sequence[Compared]) -> Table:
         seconds = mean([r.seconds for r in c.runs])
         passes = [f"{mean([float(getattr(r, name)) for r in c.runs]):.0f}" for name in ("forward", "backward")]
         rows.append((
-            c.method.name, f"{area_of(c):.1f}", f"{width(rates, values):.1f}", f"{seconds:.2f}", *passes
+            c.method.name, f"{area_of(c):.1f}", f"{width(rates, values):.1f}", f"{seconds:.2f}", *passes,
+            f"{100 * mean([r.missed for r in c.runs]):.1f}",
         ))  # fmt: skip
     caption = (
         "Area: mean accuracy over the logarithm of all rates tried; decades: width of the rates within a point of the "
-        "best. Seconds and passes of learning, tuned, means over the seeds."
+        "best. Seconds and passes of learning, tuned, and the batches of a stream that came while it was learning; "
+        "means over the seeds."
     )
-    return Table(("method", "area", "decades", "seconds", "forward", "backward"), rows, caption, ours_of(found))
+    return Table(
+        ("method", "area", "decades", "seconds", "forward", "backward", "missed, %"), rows, caption, ours_of(found)
+    )
 
 
 NOTES = (
@@ -191,10 +218,10 @@ NOTES = (
 )
 
 
-def to_peer(stream: Stream, found: Sequence[Compared], method: Compared) -> list[float]:
+def to_peer(stream: Stream, found: Sequence[Compared], runs: Sequence[Record]) -> list[float]:
     """For every seed, the mean time from a drift to the level that the strongest peer had in the window before it."""
     times = []
-    for peer, run in zip(strongest(found).runs, method.runs):
+    for peer, run in zip(strongest(found).runs, runs):
         levels = [next(value for end, value in reversed(peer.curve) if end <= drift) for drift in stream.drifts]
         times.append(mean(reached(run.curve, stream.drifts, levels, len(stream.x))))
     return times
@@ -290,7 +317,7 @@ def goal(shared: Sequence[Shared]) -> str:
 
 def lost_section(found: Found, shared: Sequence[Shared]) -> Section:
     """Every one of ours beside the strongest peer, task by task."""
-    names = [c.method.name for c in next(iter(found.values())) if c.method.role == "ours"]
+    names = [s.method for s in shared if s.ours]
     peers = {task: strongest(compared) for task, compared in found.items()}
     gained = {(n, task): gain(named(c, n), peers[task]) for n in names for task, c in found.items()}
     lost = {key for key, by in gained.items() if by.mean < -by.half}
