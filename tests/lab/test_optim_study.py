@@ -18,7 +18,7 @@ from firmly.lab.experiments.optim_gains import FILTERS, dc_gain
 from firmly.lab.experiments.optim_goal import beside, verdict
 from firmly.lab.experiments.optim_linear import a_posteriori, linear_section, logistic, regressors
 from firmly.lab.experiments.optim_methods import Horizon, Method, Stepping, cosine, feedback, methods, missing
-from firmly.lab.experiments.optim_runs import Clock, Compared, Kept, Record, Size, choice, compare
+from firmly.lab.experiments.optim_runs import THOROUGH, Clock, Compared, Kept, Record, Size, choice, compare
 from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, recovery, width, windowed
 from firmly.lab.page import Table
 from firmly.lab.run_folder import RunFolder
