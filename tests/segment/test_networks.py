@@ -125,6 +125,16 @@ def test_the_margin_rule_is_exact_for_a_linear_model():
     assert not bool(certified_pixels(net, image, 0.5001, upper).certified.any())
 
 
+class DropoutInside(nn.Conv2d):
+    """Dropout that is no module, and is seen only in what the model gives."""
+
+    def __init__(self):
+        super().__init__(1, 2, 1)
+
+    def forward(self, input):
+        return nn.functional.dropout(super().forward(input), 0.5, training=self.training)
+
+
 def test_certified_pixels_refuse():
     image = randn(1, 1, 8, 8)
     with pytest.raises(SettingsError, match="training mode"):
@@ -144,6 +154,10 @@ def test_certified_pixels_refuse():
     part[1].train()
     with pytest.raises(SettingsError, match="training mode"):
         certified_pixels(part, image, 0.1, 1.0)
+    for hidden in (nn.Sequential(nn.Conv2d(1, 2, 1), nn.RReLU()), DropoutInside()):
+        with pytest.raises(SettingsError, match="training mode"):
+            certified_pixels(hidden.train(), image, 0.1, 1.0)
+        assert not bool(certified_pixels(hidden.eval(), image, 0.0, 1.0).margin.isnan().any())
     with pytest.raises(SettingsError, match="radius"):
         certified_pixels(nn.Conv2d(1, 2, 1), image, -0.1, 1.0)
     with pytest.raises(SettingsError, match="bound"):

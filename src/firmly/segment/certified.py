@@ -18,6 +18,7 @@ from firmly.networks.bregman_inverse import Inverse
 from firmly.networks.monotone import MonotoneLayer
 from firmly.segment.energy import EntropicTV
 
+OTHER_MODE = "the model is in training mode, where it is another function: call .eval() first"
 ROUNDING = 1e-9  # of the size of the output: what double precision leaves open, with a wide margin
 
 
@@ -53,10 +54,10 @@ def certified_pixels(
     The model runs in double precision. `output_error` is how far its computed output may be from the exact one, in
     Euclidean norm: known of `EntropicTV` and `LinearSegmenter`, asked for (`SettingsError`) where another model has a
     layer with a solver inside, 0 for all others; give it where a `forward` calls a solver as a function, which is not
-    seen from outside. In training mode a model is refused.
+    seen from outside. A model that is another function in training mode is refused in it.
     """
     if any(m.training and isinstance(m, (_DropoutNd, _BatchNorm)) for m in model.modules()):
-        raise SettingsError("the model is in training mode, where it is another function: call .eval() first")
+        raise SettingsError(OTHER_MODE)
     if not (radius >= 0 and math.isfinite(radius)):
         raise SettingsError(f"the radius is a finite number that is not negative, given {radius}")
     if bound is None:
@@ -66,6 +67,8 @@ def certified_pixels(
     if not 0 <= error < math.inf:
         raise SettingsError(f"output_error is a finite number that is not negative, given {error}")
     output = wide(images)
+    if any(m.training for m in wide.modules()) and not same(output, wide.eval()(images)):
+        raise SettingsError(OTHER_MODE)
     if output.dim() != images.dim() or output.shape[2:] != images.shape[2:] or output.shape[1] < 2:
         raise ShapeError(
             f"the model gives an output for each of two or more classes and each pixel; for images "
@@ -86,6 +89,10 @@ def certified_pixels(
         allowed = torch.full_like(output, math.sqrt(2) * bound * radius * (1 + 1e-14))
     certified = ((margins > allowed + slack) | chosen).all(1)
     return CertifiedPixels(certified, prediction, margins.masked_fill(chosen, torch.inf).amin(1), bound)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def solver_error(model: nn.Module, images: Tensor) -> float:
