@@ -16,11 +16,13 @@ from firmly.robust.baselines import (
 from firmly.robust.contours import contour_offsets, move_contours
 from firmly.robust.dag import DAG
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
+from firmly.robust.label_cleaner import CleanedLabels, Cleaner, Seen, clean_labels, cleaner_features
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
 from firmly.robust.label_quality import LabelErrors, image_quality, label_errors, pixel_quality
 from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
 from firmly.robust.linf_prox import linf_prox
+from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import (
     active_passive,
     backward_correction,
@@ -63,6 +65,8 @@ __all__ = [
     "CVaR",
     "Chi2",
     "ClassConfusion",
+    "CleanedLabels",
+    "Cleaner",
     "Corrupted",
     "DAG",
     "InTurn",
@@ -79,6 +83,7 @@ __all__ = [
     "Precision",
     "RegionFlips",
     "RobustnessCurves",
+    "Seen",
     "SegmentationAttack",
     "SpectralDouglasRachford",
     "Staple",
@@ -95,6 +100,8 @@ __all__ = [
     "biased_annotators",
     "boundary_distance",
     "certified_iou",
+    "clean_labels",
+    "cleaner_features",
     "co_trained",
     "contour_offsets",
     "cross_entropy",
@@ -107,6 +114,7 @@ __all__ = [
     "label_risk",
     "label_step",
     "linf_prox",
+    "logistic_regression",
     "logit_lead",
     "logit_ratio",
     "margin_loss",

@@ -76,7 +76,7 @@ def linear(classes: int, inputs: Tensor) -> nn.Module:
 
 
 def unet(classes: int, inputs: Tensor) -> nn.Module:
-    return UNet(1, classes, width=8)
+    return UNet(1, classes, width=8).to(memory_format=torch.channels_last)
 
 
 def unrolled(classes: int, inputs: Tensor) -> nn.Module:
