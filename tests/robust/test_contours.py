@@ -32,6 +32,15 @@ def test_void_and_absent_classes_stay():
     assert torch.equal(found == 255, labels == 255) and not (found == 3).any()
 
 
+def test_contours_do_not_see_void():
+    labels = torch.zeros(1, 20, 20, dtype=torch.long)
+    labels[:, :, 10:] = 1
+    moved = move_contours(labels, torch.tensor([0.0, 2.0]))
+    labels[:, 8:12, 6:9] = 255
+    beside = move_contours(labels, torch.tensor([0.0, 2.0]))
+    assert torch.equal(beside[labels != 255], moved[labels != 255])
+
+
 @pytest.mark.parametrize("offsets", [(0.0, 2.0, 0.0), (0.0, -1.0, 2.0), (0.0, 0.0, -2.0)])
 def test_habits_are_found_and_undone(offsets):
     right = discs()

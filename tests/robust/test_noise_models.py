@@ -180,6 +180,8 @@ def test_refusals():
         BoundaryShift(1.0, (4,))(labels, 4)
     with pytest.raises(SettingsError, match="confused"):
         ClassConfusion(0.1, ((0, 9),))(labels, 4)
+    with pytest.raises(SettingsError, match="give pairs"):
+        ClassConfusion(0.1)(labels.clamp(max=1), 2)
     with pytest.raises(SettingsError, match="at most"):
         at_rate(ClassConfusion(0.1, ((1, 2),)), labels, 4, 0.9)
     with pytest.raises(SettingsError, match="rate"):

@@ -71,20 +71,21 @@ def contour_heights(labels: Tensor, classes: int, void: int = VOID) -> Tensor:
     images = labels.cpu()
     out = torch.full((len(images), classes, *images.shape[1:]), -torch.inf, dtype=torch.float64)
     for image, heights in zip(images, out, strict=True):
-        for k in image[image != void].unique().tolist():
+        known = image != void
+        for k in image[known].unique().tolist():
             if not 0 <= k < classes:
                 raise DataError(f"labels lie between 0 and {classes - 1}, or are {void} where there is none")
-            heights[k] = signed_distance(image == k)
+            heights[k] = signed_distance(image == k, known)
     return out
 
 
-def signed_distance(inside: Tensor) -> Tensor:
-    """The distance to the outside where inside, minus that to the inside where outside; in pixels, float64."""
+def signed_distance(inside: Tensor, known: Tensor) -> Tensor:
+    """The distance to the known outside where inside, minus that to the inside where outside; in pixels, float64."""
     from scipy.ndimage import distance_transform_edt
 
     edt: Callable[..., Any] = distance_transform_edt
-    if bool(inside.all()):
+    outside = known & ~inside
+    if not bool(outside.any()):
         return torch.full(inside.shape, float(sum(inside.shape)), dtype=torch.float64)
-    array = inside.numpy()
-    distance = torch.from_numpy(edt(array) - edt(~array))
+    distance = torch.from_numpy(edt((~outside).numpy()) - edt((~inside).numpy()))
     return distance - 0.5 * distance.sign()  # contours run between pixels

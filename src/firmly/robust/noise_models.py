@@ -160,6 +160,8 @@ class ClassConfusion(LabelNoise):
 
     def of_image(self, image: Tensor, known: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         check_probability(self)
+        if self.pairs is None and classes == 2:
+            raise SettingsError("one class and background have no usual confusion: give pairs=((1, 0),), say")
         pairs = [(j, j % (classes - 1) + 1) for j in range(1, classes)] if self.pairs is None else self.pairs
         field = smooth_noise(image.shape, self.smoothness, generator)
         out = image.clone()
