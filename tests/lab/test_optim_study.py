@@ -17,7 +17,16 @@ from firmly.lab.experiments.optim_data import Chunks, Stream, chunked, electrici
 from firmly.lab.experiments.optim_gains import FILTERS, dc_gain
 from firmly.lab.experiments.optim_goal import beside, verdict
 from firmly.lab.experiments.optim_linear import a_posteriori, linear_section, logistic, regressors
-from firmly.lab.experiments.optim_methods import Horizon, Method, Stepping, cosine, feedback, methods, missing
+from firmly.lab.experiments.optim_methods import (
+    Horizon,
+    Method,
+    Stepping,
+    cosine,
+    each_chunk,
+    feedback,
+    methods,
+    missing,
+)
 from firmly.lab.experiments.optim_runs import THOROUGH, Clock, Compared, Kept, Record, Size, choice, compare
 from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, recovery, width, windowed
 from firmly.lab.page import Table
@@ -238,6 +247,19 @@ def test_cosine_ends_at_zero_and_feedback_doubles():
             if step % 2:
                 learner.end_window(1.0 / (step + 1))
         assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(end, abs=1e-12)
+
+
+def test_feedback_that_is_told_of_drifts_begins_again():
+    net, x, labels = nn.Linear(1, 2), torch.ones(4, 1), torch.zeros(4).long()
+    learner = Method("", torch.optim.SGD, each_chunk).start(net, 0.1, Horizon(12, 2, 6))
+    assert isinstance(learner, Stepping)
+    rates = []
+    for step in range(8):
+        learner.learn(x, labels)
+        if step % 2:
+            learner.end_window(1.0 / (step + 1))
+            rates.append(learner.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2, 0.4, 0.1, 0.2])
 
 
 def test_peers_of_packages_are_named_when_absent():

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
 from firmly.errors import DataError
-from firmly.optim import APosteriori, Feedback, presets
+from firmly.optim import APosteriori, BlockKalman, Feedback, LayerRls, presets
 from firmly.optim.line_search import ArmijoSearch
 from firmly.optim.polyak import PolyakStep
 from firmly.optim.streaming import StreamLearner
@@ -27,6 +27,7 @@ TUSTIN = presets.tustin(0.9)
 POSITIVE_REAL = presets.heavy_ball(1 / 3)  # the most momentum whose filter is positive real with the integrator
 
 SKIPPED = 0.5  # of the mean loss: batches below are not learnt from
+KALMAN = 256  # parameters of a block, whose gain is a matrix
 EPOCH = 50  # batches in which the steps of Polyak and Armijo may double
 
 
@@ -72,6 +73,22 @@ def feedback(optimizer: Optimizer, horizon: Horizon) -> Schedule:
     return Schedule(after_window=_controller(optimizer).update)
 
 
+def each_chunk(optimizer: Optimizer, horizon: Horizon) -> Schedule:
+    """`feedback` that begins again at known drifts, as published."""
+    assert horizon.chunk is not None
+    controller, windows = _controller(optimizer), round(horizon.chunk / horizon.window)
+
+    def after_window(loss: float) -> None:
+        nonlocal seen
+        seen += 1
+        controller.update(loss)
+        if seen % windows == 0:
+            controller.restart()
+
+    seen = 0
+    return Schedule(after_window=after_window)
+
+
 def held(optimizer: Optimizer, horizon: Horizon) -> Schedule:
     return Schedule(after_window=_controller(optimizer, hold=True).update)
 
@@ -84,7 +101,8 @@ def _controller(optimizer: Optimizer, hold: bool = False) -> Feedback:
 class Method(NamedTuple):
     """An optimiser with its schedule; `role` is that of its curves. `drifts`: it has to know them.
 
-    A `StreamLearner` has its schedule inside: `stream` makes it from the network, the rate and the horizon.
+    A `StreamLearner` has its schedule inside: `stream` makes it from the network, the rate and the horizon. `of_model`
+    makes an optimiser that has to see the network, in the place of `make`.
     """
 
     name: str
@@ -93,11 +111,12 @@ class Method(NamedTuple):
     role: Literal["ours", "other"] = "other"
     drifts: bool = False
     stream: Callable[[nn.Module, float, Horizon], StreamLearner] | None = None
+    of_model: Callable[[nn.Module, float], Optimizer] | None = None
 
     def start(self, net: nn.Module, rate: float, horizon: Horizon) -> Learner:
         if self.stream is not None:
             return Streaming(self.stream(net, rate, horizon))
-        optimizer = self.make(list(net.parameters()), rate)
+        optimizer = self.of_model(net, rate) if self.of_model else self.make(list(net.parameters()), rate)
         return Stepping(net, optimizer, self.schedule(optimizer, horizon))
 
 
@@ -242,6 +261,9 @@ def methods() -> list[Method]:
         Method("a posteriori, Tustin 0.9", lambda p, lr: APosteriori(p, lr, TUSTIN.gain), role="ours"),
         Method("Feedback, SGD", SGD, feedback, "ours"),
         Method("Feedback, held, SGD", SGD, held, "ours"),
+        Method("Feedback, SGD, told of drifts", SGD, each_chunk, "ours", drifts=True),
+        Method("RLS of layers", role="ours", of_model=lambda net, lr: LayerRls(net, lr)),
+        Method("Kalman in blocks", lambda p, lr: BlockKalman(p, lr, block=KALMAN), role="ours"),
         Method("hybrid", stream=hybrid(0.0), role="ours"),
         Method("hybrid, skipping", stream=hybrid(SKIPPED), role="ours"),
     ]
