@@ -59,12 +59,9 @@ def test_label_errors_are_those_of_a_loop(prune):
     of_class = [[q for q in pixels if given[q] == k] for k in range(4)]
     t = [sum(law[q][k] for q in of_class[k]) / len(of_class[k]) for k in range(4)]
     assert found.thresholds.tolist() == pytest.approx(t, abs=1e-12)
-    C, as_class = [[0] * 4 for _ in range(4)], {}
-    for q in pixels:
-        able = [k for k in range(4) if law[q][k] >= t[k]]
-        if able:
-            as_class[q] = max(able, key=lambda k: law[q][k])
-            C[given[q]][as_class[q]] += 1
+    best = {q: max(range(4), key=lambda k: law[q][k]) for q in pixels}
+    sure = {q for q in pixels if law[q][best[q]] >= t[best[q]]}
+    C = [[sum(given[q] == j and best[q] == k for q in sure) for k in range(4)] for j in range(4)]
     J = [[C[j][k] / sum(C[j]) * len(of_class[j]) for k in range(4)] for j in range(4)]
     assert (found.joint * len(pixels)).tolist() == [pytest.approx(row, abs=1e-12) for row in J]
 
@@ -79,11 +76,8 @@ def test_label_errors_are_those_of_a_loop(prune):
             by_rate |= first(of_class[j], lambda q, j=j, k=k: law[q][j] - law[q][k], round(J[j][k]))
     total = sum(C[j][k] for j in range(4) for k in others[j])
     by_rank = first(pixels, lambda q: law[q][given[q]], total)
-    best = {q: max(range(4), key=lambda k: law[q][k]) for q in pixels}
-    if prune == "confusion":
-        best = {q: as_class.get(q, given[q]) for q in pixels}
-    chosen = {"class": by_class, "noise-rate": by_rate, "both": by_class & by_rate, "rank": by_rank}
-    expected = {q for q in chosen.get(prune, pixels) if best[q] != given[q]}
+    chosen = {"class": by_class, "noise-rate": by_rate, "both": by_class & by_rate, "rank": by_rank, "confusion": sure}
+    expected = {q for q in chosen[prune] if best[q] != given[q]}
     assert {tuple(q) for q in found.wrong.nonzero().tolist()} == expected
     assert all(int(found.believed[q]) == (best[q] if q in expected else given[q]) for q in pixels)
     assert not found.wrong[:, 0].any() and (found.believed[:, 0] == 255).all()

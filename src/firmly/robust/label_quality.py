@@ -12,7 +12,7 @@ from firmly.robust.losses import VOID
 from firmly.robust.noise_models import valid_labels
 
 Score = Literal["self-confidence", "margin", "entropy-weighted"]
-Prune = Literal["class", "noise-rate", "both", "rank", "confusion"]
+Prune = Literal["both", "class", "noise-rate", "rank", "confusion"]
 
 
 def pixel_quality(probabilities: Tensor, labels: Tensor, score: Score = "self-confidence", void: int = VOID) -> Tensor:
@@ -79,22 +79,23 @@ class LabelErrors(NamedTuple):
     thresholds: Tensor
 
 
-def label_errors(probabilities: Tensor, labels: Tensor, prune: Prune = "class", void: int = VOID) -> LabelErrors:
+def label_errors(probabilities: Tensor, labels: Tensor, prune: Prune = "both", void: int = VOID) -> LabelErrors:
     """Confident learning: how many labels of every class are wrong, and which.
 
-    With t_k = mean of p_k over the pixels labelled k, a pixel counts as k if p_k >= t_k (the most probable such k). The
+    With t_k = mean of p_k over the pixels labelled k, a pixel counts as its most probable class k if p_k >= t_k. The
     counts C[y, k], each row scaled to the number of labels y, are the `joint` J. Wrong are, by `prune`,
 
         "class"       of the pixels labelled j, sum_{k != j} J[j, k] with the lowest p_j,
-        "noise-rate"  for every j != k, J[j, k] of the pixels labelled j with the largest p_k - p_j,
+        "noise-rate"  for every k != j, J[j, k] of the pixels labelled j with the largest p_k - p_j,
         "both"        those of both,
-        "rank"        of all pixels, sum_{j != k} C[j, k] with the lowest p_y (the choice of cleanlab for segmentation),
+        "rank"        of all pixels, sum_{k != j} C[j, k] with the lowest p_y,
         "confusion"   those that count as a class other than their label,
 
-    and, of all but the last, only pixels whose most probable class is not their label. Void pixels are never wrong,
-    never counted, and stay void.
-    Source: Northcutt, Jiang and Chuang 2021, equations 1-3 and section 3.2 (prune by class, by noise rate, both;
-    `C_confusion`).
+    and only pixels whose most probable class is not their label. Void pixels are never wrong, never counted, and stay
+    void.
+    Source: Northcutt, Jiang and Chuang 2021, equations 1-3 and section 3.2. There a pixel counts as the most probable
+    of the classes with p_k >= t_k, even if another class without that is more probable; the count here, and "rank",
+    are those of cleanlab for segmentation.
     """
     if prune not in get_args(Prune):
         raise SettingsError(f"prune is one of {get_args(Prune)}, given {prune!r}")
@@ -107,25 +108,21 @@ def label_errors(probabilities: Tensor, labels: Tensor, prune: Prune = "class", 
     counts = torch.bincount(given, minlength=classes)
     sums = pixels.new_zeros(classes).index_add(0, given, own)
     thresholds = torch.where(counts > 0, sums / counts.clamp(min=1), torch.inf)
-    confident = pixels >= thresholds
-    counted_as = torch.where(confident, pixels, -1.0).argmax(1)
-    sure = confident.any(1)
-    pairs = torch.bincount(given[sure] * classes + counted_as[sure], minlength=classes**2)
-    joint = pairs.reshape(classes, classes).double()
+    probable, best = pixels.max(1)
+    sure = probable >= thresholds[best]
+    joint = torch.bincount(given[sure] * classes + best[sure], minlength=classes**2).reshape(classes, classes).double()
     missing = joint.sum(1) == 0
     joint[missing, missing.nonzero()[:, 0]] = 1.0
     joint = joint / joint.sum(1, keepdim=True) * counts[:, None]
 
-    off = sure & (counted_as != given)
-    if prune == "confusion":
-        chosen, instead = off, counted_as
-    else:
-        instead = pixels.argmax(1)
-        chosen = pruned(pixels, given, own, joint, int(off.sum()), prune) & (instead != given)
+    other = best != given
+    chosen = sure & other
+    if prune != "confusion":
+        chosen = pruned(pixels, given, own, joint, int(chosen.sum()), prune) & other
     wrong = torch.zeros_like(valid)
     wrong[valid] = chosen
     believed = labels.clone()
-    believed[wrong] = instead[chosen].to(labels.dtype)
+    believed[wrong] = best[chosen].to(labels.dtype)
     return LabelErrors(wrong, believed, joint / joint.sum(), thresholds)
 
 
