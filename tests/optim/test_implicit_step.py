@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from firmly.errors import SettingsError, ShapeError
-from firmly.optim import AdaptationGain, Dag, ImplicitStep, presets
+from firmly.optim import AdaptationGain, Dag, ImplicitStep, RecursiveLeastSquares, presets
+from firmly.optim.gain_profiles import ConstantTrace, Decreasing, Forgetting, MatrixGain
 
 THETA = torch.tensor([-1.5, 0.7, 1.0, 0.5], dtype=torch.float64)
 
@@ -97,6 +98,46 @@ def test_the_step_solves_its_implicit_equation(gain):
         torch.testing.assert_close(step.theta, 0.9 * before + w[-1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gain", [AdaptationGain(), presets.tustin(0.9).gain])
+@pytest.mark.parametrize("profile", [Decreasing(), Forgetting(0.95), ConstantTrace()], ids=str)
+def test_a_gain_known_by_its_products_is_its_matrix(gain, profile):
+    """The matrix follows the law of F itself, not that of its factor."""
+    F = MatrixGain(10 * torch.eye(4, dtype=torch.float64), profile)
+    by_products, dense = (ImplicitStep(torch.zeros(4, dtype=torch.float64), gain) for _ in range(2))
+    matrix = F.matrix
+    for t, (phi, y) in enumerate(DATA[:200]):
+        first, second = by_products.update(phi, y, F), dense.update(phi, y, matrix)
+        torch.testing.assert_close(first.posterior, second.posterior, rtol=1e-9, atol=1e-9)
+        keep, ratio = profile.weights(t)
+        v = matrix @ phi
+        less = matrix - torch.outer(v, v) / (ratio + phi @ v)
+        trace = matrix.trace() if keep is None else torch.tensor(F.ceiling)
+        matrix = less / min(1.0, max(keep or 0.0, float(less.trace() / trace)))
+        F.update(phi)
+    torch.testing.assert_close(by_products.theta, dense.theta, rtol=1e-8, atol=1e-8)
+
+
+def test_recursive_least_squares_is_the_integral_step():
+    F, step = MatrixGain(1e3 * torch.eye(4, dtype=torch.float64)), ImplicitStep(torch.zeros(4, dtype=torch.float64))
+    estimator = RecursiveLeastSquares(start=1e3, intercept=False)
+    for phi, y in DATA[:200]:
+        step.update(phi, y, F)
+        F.update(phi)
+    estimator.partial_fit(torch.stack([phi for phi, _ in DATA[:200]]), [y for _, y in DATA[:200]])
+    torch.testing.assert_close(step.theta, estimator.coef_, rtol=1e-9, atol=1e-9)
+
+
+def test_no_matrix_is_made_of_products():
+    class Diagonal:
+        def direction(self, phi):
+            return weights * phi
+
+    weights = torch.linspace(0.1, 1, 100_000, dtype=torch.float64)  # a matrix would have 80 GB
+    step = ImplicitStep(torch.zeros_like(weights), presets.tustin(0.9).gain)
+    phi = torch.ones_like(weights)
+    assert float(step.update(phi, 1.0, Diagonal()).posterior) == pytest.approx(1 / (1 + float(weights.sum())))
+
+
 def test_a_shortage_of_positivity_allows_small_rates():
     """One parameter, phi = 1: theta = H / (1 - z^-1) f eps, stable where f shortage < 1."""
     gain = presets.heavy_ball(0.9).gain
@@ -115,6 +156,11 @@ def test_batches_and_regressors_without_excitation():
     assert step.update(torch.ones(2, 3), torch.tensor([4.0, 3.0]), 0.5).posterior.tolist() == pytest.approx([0.4, 0])
 
 
+class Wide:
+    def direction(self, phi):
+        return phi[0]
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
@@ -124,9 +170,13 @@ def test_batches_and_regressors_without_excitation():
         (ShapeError, "phi has the shape", lambda: ImplicitStep(torch.zeros(2)).update(torch.zeros(3), 0.0, 1.0)),
         (ShapeError, "y has the shape", lambda: ImplicitStep(torch.zeros(2)).update(torch.zeros(2), torch.zeros(4), 1)),
         (SettingsError, "positive and finite", lambda: ImplicitStep(torch.zeros(2)).update(torch.zeros(2), 0.0, -1.0)),
+        (
+            ShapeError, "a direction has the shape",
+            lambda: ImplicitStep(torch.zeros(2, 2)).update(torch.zeros(2, 2), torch.zeros(2), Wide()),
+        ),
         (ShapeError, "or a matrix", lambda: ImplicitStep(torch.zeros(2)).update(torch.zeros(2), 0.0, torch.eye(3))),
     ],
-)
+)  # fmt: skip
 def test_refusals(error, message, call):
     with pytest.raises(error, match=message):
         call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ class PredictionErrors(NamedTuple):
 
     prior: Tensor
     posterior: Tensor
+
+
+class Direction(Protocol):
+    """A matrix F that is known by its products, such as `gain_profiles.MatrixGain`."""
+
+    def direction(self, phi: Tensor) -> Tensor:
+        """F phi, for phi (..., n)."""
+        ...
 
 
 class ImplicitStep:
@@ -51,8 +59,13 @@ class ImplicitStep:
         return (phi * self.theta).sum(-1)
 
     @torch.no_grad()
-    def update(self, phi: Tensor, y: Tensor | float, rate: float | Tensor) -> PredictionErrors:
-        """One observation: phi (..., n), y (...), and F, a positive number or positive definite matrix (..., n, n)."""
+    def update(self, phi: Tensor, y: Tensor | float, rate: float | Tensor | Direction) -> PredictionErrors:
+        """One observation: phi (..., n), y (...), and F: a positive number, a positive definite matrix (..., n, n), or
+        an object with `direction(phi)` = F phi.
+
+        With a `MatrixGain` that takes in phi afterwards (`gain.update(phi)`) it is recursive least squares through the
+        filter, in O(n^2); F then changes, which the bound above does not allow for.
+        """
         if phi.shape != self.theta.shape:
             raise ShapeError(f"phi has the shape {tuple(self.theta.shape)} of theta, given {tuple(phi.shape)}")
         direction = _direction(rate, phi)  # F phi
@@ -71,7 +84,12 @@ class ImplicitStep:
         return PredictionErrors(prior, posterior)
 
 
-def _direction(rate: float | Tensor, phi: Tensor) -> Tensor:
+def _direction(rate: float | Tensor | Direction, phi: Tensor) -> Tensor:
+    if not isinstance(rate, float | int | Tensor):
+        found = rate.direction(phi)
+        if found.shape != phi.shape:
+            raise ShapeError(f"a direction has the shape {tuple(phi.shape)} of phi, given {tuple(found.shape)}")
+        return found
     if isinstance(rate, Tensor) and rate.ndim:
         n = phi.shape[-1]
         if rate.shape[-2:] != (n, n):
