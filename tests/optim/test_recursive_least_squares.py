@@ -172,3 +172,11 @@ def test_refusals():
         gain.update(torch.ones(3))
     with pytest.raises(DataError):
         gain.update(torch.tensor([math.inf, 0.0]))
+
+
+def test_lists_of_numbers_keep_their_digits():
+    model = RecursiveLeastSquares(intercept=False, start=1e12).partial_fit([[1.0], [1.0]], [0.1, 0.1])
+    assert float(model.coef_[0]) == pytest.approx(0.1, abs=1e-12)
+    assert float(model.predict([[3.0]])[0]) == pytest.approx(0.3, abs=1e-11)
+    with pytest.raises(DataError, match="real numbers"):
+        model.predict([[1j]])

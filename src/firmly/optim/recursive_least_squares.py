@@ -111,7 +111,10 @@ class RecursiveLeastSquares:
 
 
 def _finite(values: Any, name: str) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
+    try:  # a list of floats would become float32
+        tensor = torch.as_tensor(values, dtype=None if hasattr(values, "dtype") else torch.float64).detach()
+    except TypeError as error:
+        raise DataError(f"{name} consists of real numbers: {error}") from error
     if tensor.is_complex():
         raise DataError(f"{name} is real, given {tensor.dtype}")
     tensor = tensor.to(torch.float64)
