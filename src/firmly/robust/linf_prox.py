@@ -9,6 +9,8 @@ from torch import Tensor
 
 from firmly.errors import DataError, SettingsError, ShapeError
 
+FEW = 4096  # entries of a sample; up to here sorting them is faster
+
 
 @torch.no_grad()
 def linf_prox(
@@ -17,7 +19,7 @@ def linf_prox(
     lam: Tensor | float,
     low: Tensor | None = None,
     high: Tensor | None = None,
-    sort: bool = False,
+    sort: bool | None = None,
 ) -> Tensor:
     """argmin_p lam |p|_inf + 1/2 sum_i weight_i (p_i - delta_i)^2 with low <= p <= high, for every sample.
 
@@ -37,6 +39,8 @@ def linf_prox(
     edge = boxed.abs().flatten(1).double()
     masses = weight.flatten(1).double()
     pulls = masses * delta.abs().flatten(1).double()
+    if sort is None:
+        sort = edge.shape[1] <= FEW
     t = (sorted_threshold if sort else bracketed_threshold)(edge, masses, pulls, penalty)
     t = t.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1))
     return torch.minimum(torch.maximum(boxed, -t), t)
