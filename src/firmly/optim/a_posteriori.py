@@ -80,6 +80,11 @@ class APosteriori(Optimizer):
         if self._filter is not None:
             self._filter.add_param_group({"params": group["params"]})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
+        names = ("gain", "floor", "_filter")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     @torch.no_grad()
     def step(
         self,

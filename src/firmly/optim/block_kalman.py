@@ -46,6 +46,11 @@ class BlockKalman(Optimizer):
         self.start, self.block, self.floor = start, block, floor
         super().__init__(params, {"lr": lr})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
+        names = ("profile", "start", "block", "floor")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
         """One step with the gradients in p.grad; `closure` computes them and the loss. Returns the loss."""

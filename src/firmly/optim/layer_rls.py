@@ -88,6 +88,11 @@ class LayerRls(Optimizer):
         seen = rows.mT @ rows / batch
         self._seen[layer] = self._seen[layer] + seen if layer in self._seen else seen
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
+        names = ("profile", "damping", "every", "layers", "steps", "_information", "_gains", "_seen", "_hooks")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step with the gradients in p.grad; returns what `closure` returns, which is called first."""

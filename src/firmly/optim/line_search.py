@@ -44,6 +44,11 @@ class ArmijoSearch(Optimizer):
         self.forwards = 0
         super().__init__(params, {"lr": lr})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
+        names = ("c", "shrink", "growth", "trials", "forwards")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
         """One search; returns the loss before it."""
         if closure is None:

@@ -38,6 +38,11 @@ class PolyakStep(Optimizer):
         self.c, self.growth, self.floor = c, growth ** (1 / batches), floor
         super().__init__(params, {"lr": lr})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
+        names = ("c", "growth", "floor")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
         """One step with the gradients in p.grad; `closure` computes them and the loss. Returns the loss."""
