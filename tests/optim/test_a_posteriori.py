@@ -167,6 +167,18 @@ def test_kalman_is_recursive_least_squares(profile):
     torch.testing.assert_close(p.detach(), model.partial_fit(X, Y).coef_, rtol=0, atol=1e-9)
 
 
+def test_kalman_steps_in_any_memory_format():
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 4, 3).double().to(memory_format=layout)
+        loss = net(X[:2, :3, None, None].expand(2, 3, 5, 4)).square().mean()
+        loss.backward()
+        BlockKalman(net.parameters(), block=10).step(loss=loss)
+        found.append(net.weight.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("block", [4, 1000])
 def test_kalman_trains_a_network(block):
     net, target = network(batch_norm=False), torch.sin(X[:, :3])

@@ -65,7 +65,7 @@ class BlockKalman(Optimizer):
         if excess == 0:
             return loss
         residual = math.sqrt(2 * excess)
-        blocks = []  # of parameter, rate, rows, gain, regressor, direction
+        blocks = []  # of parameter, rate, gain, regressor, direction
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -73,12 +73,15 @@ class BlockKalman(Optimizer):
                 regressor = p.grad.flatten() / residual
                 for number, h in enumerate(regressor.split(self.block)):
                     gain = self._gain(p, number, len(h))
-                    blocks.append((p, group["lr"], number * self.block, gain, h, gain.direction(h)))
+                    blocks.append((p, group["lr"], gain, h, gain.direction(h)))
         sizes = [float(h @ direction) for *_, h, direction in blocks]
         total = sum(sizes)
-        for (p, rate, first, gain, h, direction), size in zip(blocks, sizes, strict=True):
-            p.view(-1)[first : first + len(h)].sub_(direction, alpha=rate * residual / (1 + total))
+        moves: dict[Tensor, list[Tensor]] = {}
+        for (p, rate, gain, h, direction), size in zip(blocks, sizes, strict=True):
+            moves.setdefault(p, []).append(rate * residual / (1 + total) * direction)
             gain.update(h, total - size)
+        for p, parts in moves.items():  # in one piece: a parameter in channels_last has no flat view
+            p.sub_(torch.cat(parts).reshape(p.shape))
         return loss
 
     def _gain(self, p: Tensor, number: int, size: int) -> MatrixGain:
