@@ -110,6 +110,59 @@ def test_the_annotators_loss_is_its_formula():
     assert torch.autograd.gradcheck(lambda z: AnnotatorConfusion(2, 3).double()(z, annotations), logits)
 
 
+def test_confusion_of_pixels_is_its_formula():
+    generator = torch.Generator().manual_seed(6)
+    network = torch.nn.Conv2d(1, 2 * 9, 1).double()
+    model = AnnotatorConfusion(2, 3, trace_weight=0.5, sure=1.0, network=network).double()
+    images = torch.randn(2, 1, 2, 3, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, 3, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    annotations = torch.randint(0, 3, (2, 2, 2, 3), generator=generator)
+    annotations[0, 1, 0, 0] = 255
+    A, p = model.matrices(images), logits.softmax(1)
+    torch.testing.assert_close(A.sum(3), torch.ones(2, 2, 3, 2, 3, dtype=torch.float64))
+    total, traces, counts = 0.0, [0.0, 0.0], [0, 0]
+    for b, r, i, j in [(b, r, i, j) for b in range(2) for r in range(2) for i in range(2) for j in range(3)]:
+        k = int(annotations[b, r, i, j])
+        if k != 255:
+            total = total - (p[b, :, i, j] * A[b, r, :, k, i, j]).sum().log()
+            traces[r], counts[r] = traces[r] + A[b, r, :, :, i, j].trace(), counts[r] + 1
+    expected = total / sum(counts) + 0.5 * (traces[0] / counts[0] + traces[1] / counts[1]) / 2
+    torch.testing.assert_close(model(logits, annotations, images), expected)
+    assert torch.autograd.gradcheck(lambda z, x: model(z, annotations, x), (logits, images.requires_grad_()))
+    torch.nn.init.zeros_(network.weight)  # a network that says the same everywhere: the confusion of all pixels
+    torch.nn.init.zeros_(network.bias)
+    torch.testing.assert_close(
+        model(logits, annotations, images),
+        AnnotatorConfusion(2, 3, trace_weight=0.5, sure=1.0).double()(logits, annotations),
+    )
+    with pytest.raises(SettingsError, match="exactly if"):
+        model(logits, annotations)
+    with pytest.raises(ShapeError, match="annotators of"):
+        AnnotatorConfusion(3, 3, network=network).double()(logits, annotations.repeat(1, 2, 1, 1)[:, :3], images)
+
+
+def test_annotators_who_err_in_one_half_are_found():
+    generator = torch.Generator().manual_seed(7)
+    truth = torch.randint(0, 2, (1, 40, 40), generator=generator)
+    half = (torch.arange(40) < 20).double().expand(1, 1, 40, 40)
+    flip = (torch.rand(1, 40, 40, generator=generator) < 0.4) & (half[:, 0] > 0)
+    annotations = torch.stack([torch.where(flip, 1 - truth, truth), truth], 1)
+    logits = (12.0 * torch.nn.functional.one_hot(truth, 2).movedim(-1, 1)).double()
+    model = AnnotatorConfusion(2, 2, trace_weight=0.0, sure=2.0, network=torch.nn.Conv2d(1, 8, 1)).double()
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = model(logits, annotations, half)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    right = model.matrices(half).detach().diagonal(dim1=2, dim2=3)[0].mean(-1)  # (annotator, height, width)
+    assert right[0, :, :20].mean() == pytest.approx(0.6, abs=0.05) and right[0, :, 20:].min() > 0.99
+    assert right[1].min() > 0.99
+
+
 def test_normalised_dice():
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)

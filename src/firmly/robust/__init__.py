@@ -19,6 +19,7 @@ from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
 from firmly.robust.label_cleaner import CleanedLabels, Cleaner, Seen, clean_labels, cleaner_features
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
 from firmly.robust.label_quality import LabelErrors, image_quality, label_errors, pixel_quality
+from firmly.robust.label_smoothing import smoothed_labels
 from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
 from firmly.robust.linf_prox import linf_prox
@@ -53,6 +54,7 @@ from firmly.robust.pgd import PGD, MinimalPGD
 from firmly.robust.precision import Precision, SpectralDouglasRachford, robust_precision
 from firmly.robust.risks import risk, worst_case
 from firmly.robust.staple import Staple, staple
+from firmly.robust.t_loss import TLoss
 
 __all__ = [
     "Adversarial",
@@ -87,6 +89,7 @@ __all__ = [
     "SegmentationAttack",
     "SpectralDouglasRachford",
     "Staple",
+    "TLoss",
     "TotalVariation",
     "View",
     "Wasserstein",
@@ -133,6 +136,7 @@ __all__ = [
     "robustness_curves",
     "segpgd_loss",
     "smooth_label_step",
+    "smoothed_labels",
     "staple",
     "symmetric_cross_entropy",
     "transition_from_anchors",

@@ -99,18 +99,27 @@ def smallest(losses: Tensor, forget: float, valid: Tensor) -> Tensor:
 
 
 class AnnotatorConfusion(nn.Module):
-    """One confusion matrix for each annotator, learned with the network: the mean loss of all their label maps.
+    """Confusion matrices of annotators, learned with the network: the mean loss of all their label maps.
 
-        mean over annotators r and valid pixels of -log sum_j p_j A_r[j, k],  + trace_weight mean over r of tr A_r
+        mean over valid pixels i of all annotators r of -log sum_j p_ij A_ri[j, y_ri]
+            + trace_weight mean over r of the mean over i of tr A_ri
 
     for logits (batch, class, *spatial) and annotations (batch, annotator, *spatial), void where one did not label. The
-    rows of A_r are laws (a softmax), diagonal at first by `sure`. The trace keeps annotators from being believed too
-    much. One matrix serves all pixels of an annotator; the paper of 2020 has one for each pixel.
+    rows of A are laws (a softmax), diagonal at first by `sure`. A small trace keeps annotators from being believed too
+    much. Without a `network` one matrix serves all pixels of an annotator. With one, images (batch, channels, *spatial)
+    -> (batch, annotators classes^2, *spatial) are added to the scores of every pixel: people who err where it is hard.
     Source: Tanno et al., Learning from noisy labels by regularized estimation of annotator confusion, 2019; Zhang et
     al., Disentangling human error from the ground truth in segmentation of medical images, 2020, equation 4.
     """
 
-    def __init__(self, annotators: int, classes: int, trace_weight: float = 0.01, sure: float = 4.0):
+    def __init__(
+        self,
+        annotators: int,
+        classes: int,
+        trace_weight: float = 0.01,
+        sure: float = 4.0,
+        network: nn.Module | None = None,
+    ):
         super().__init__()
         if annotators < 1 or classes < 2 or not trace_weight >= 0:
             raise SettingsError(
@@ -118,12 +127,31 @@ class AnnotatorConfusion(nn.Module):
             )
         self.scores = nn.Parameter(sure * torch.eye(classes).repeat(annotators, 1, 1))
         self.trace_weight = trace_weight
+        self.network = network
 
-    def matrices(self) -> Tensor:
-        """(annotator, class, class), A_r[j, k] = P(r says k | the class is j)."""
-        return self.scores.softmax(2)
+    def matrices(self, images: Tensor | None = None) -> Tensor:
+        """A[j, k] = P(r says k | the class is j): (annotator, class, class), or (batch, annotator, class, class,
+        *spatial) for a network and images.
+        """
+        return self.log_matrices(images).exp()
 
-    def forward(self, logits: Tensor, annotations: Tensor, void: int = VOID) -> Tensor:
+    def log_matrices(self, images: Tensor | None) -> Tensor:
+        if (images is None) != (self.network is None):
+            raise SettingsError("images are given exactly if there is a network that looks at them")
+        if self.network is None or images is None:
+            return log_softmax(self.scores, 2)
+        annotators, classes = self.scores.shape[:2]
+        found = self.network(images)
+        if found.shape[:2] != (len(images), annotators * classes**2):
+            raise ShapeError(
+                f"the network gives (batch, {annotators * classes**2}, *spatial) for {annotators} annotators of "
+                f"{classes} classes, not {tuple(found.shape)}"
+            )
+        of_pixels = found.unflatten(1, (annotators, classes, classes))
+        everywhere = self.scores.reshape(*self.scores.shape, *[1] * (found.dim() - 2)).to(found)
+        return log_softmax(everywhere + of_pixels, 3)
+
+    def forward(self, logits: Tensor, annotations: Tensor, images: Tensor | None = None, void: int = VOID) -> Tensor:
         annotators, classes = self.scores.shape[:2]
         expected = (logits.shape[0], annotators, *logits.shape[2:])
         if annotations.shape != expected or logits.shape[1] != classes:
@@ -131,14 +159,22 @@ class AnnotatorConfusion(nn.Module):
         valid = valid_labels(annotations, classes, void)
         if not bool(valid.any()):
             raise ShapeError("no annotator labelled a pixel of this batch")
-        logs = log_softmax(self.scores, 2).to(logits)
-        total = logits.new_zeros(())
+        logs = self.log_matrices(images).to(logits)
+        if images is not None and logs.shape[4:] != logits.shape[2:]:
+            raise ShapeError(f"confusion of pixels {tuple(logs.shape[4:])} for logits of {tuple(logits.shape[2:])}")
+        total, trace = logits.new_zeros(()), logits.new_zeros(())
         for r in range(annotators):
             pixels = log_probabilities(logits).movedim(1, -1)[valid[:, r]]
             given = annotations[:, r][valid[:, r]].long()
-            total = total - (pixels + logs[r].T[given]).logsumexp(-1).sum()
-        trace = self.matrices().diagonal(dim1=1, dim2=2).sum(1).mean()
-        return total / valid.sum() + self.trace_weight * trace
+            if images is None:
+                rows = logs[r].T[given]  # (pixels, class): log A[j, given]
+                trace = trace + logs[r].diagonal().exp().sum()
+            else:
+                matrices = logs[:, r].movedim((1, 2), (-2, -1))[valid[:, r]]
+                rows = matrices.gather(2, given[:, None, None].expand(-1, classes, 1)).squeeze(2)
+                trace = trace + matrices.diagonal(dim1=1, dim2=2).exp().sum() / max(len(given), 1)
+            total = total - (pixels + rows).logsumexp(-1).sum()
+        return total / valid.sum() + self.trace_weight * trace / annotators
 
 
 def normalised_dice(logits: Tensor, labels: Tensor, power: float = 1.5, void: int = VOID) -> Tensor:
