@@ -38,12 +38,14 @@ def logistic_regression(
     wide = laws.double()
     if not bool((wide >= 0).all()) or not bool(((wide.sum(1) - 1).abs() <= 1e-5).all()):
         raise DataError("laws are not negative and sum to one over the classes")
+    wide = wide / wide.sum(1, keepdim=True)  # of single precision sums are not one: no bias would be stationary
     positive("the ridge", ridge)
     weight = torch.as_tensor(ridge, dtype=torch.float64, device=features.device).reshape(())
     rows = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
     first = rows.new_zeros(rows.shape[1], laws.shape[1]) if start is None else start.detach().to(rows)
     if first.shape != (rows.shape[1], laws.shape[1]):
         raise ShapeError(f"a start is {(rows.shape[1], laws.shape[1])}, given {tuple(first.shape)}")
+    first = torch.cat([first[:-1], first[-1:] - first[-1].mean()])  # steps keep the sum of the bias
     return _Minimiser.apply(wide, weight, rows, first, tol)
 
 
