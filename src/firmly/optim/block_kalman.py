@@ -68,8 +68,11 @@ class BlockKalman(Optimizer):
         blocks = []  # of parameter, rate, gain, regressor, direction
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or not p.numel():
                     continue
+                if p.grad.is_sparse or p.is_complex():
+                    raise ConditionError("a Kalman step needs dense gradients of real parameters, given "
+                                         f"{p.grad.layout} and {p.dtype}")  # fmt: skip
                 regressor = p.grad.flatten() / residual
                 for number, h in enumerate(regressor.split(self.block)):
                     gain = self._gain(p, number, len(h))
