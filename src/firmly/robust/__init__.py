@@ -1,5 +1,12 @@
 """Training from uncertain labels: risks over ambiguity sets, label-noise models and losses."""
 
+from firmly.robust.adele import (
+    Adele,
+    class_overlaps,
+    memorisation_onset,
+    multiscale_consistency,
+    multiscale_laws,
+)
 from firmly.robust.alma_prox import AlmaProx, logit_lead, logit_ratio
 from firmly.robust.ambiguity import AmbiguitySet, WorstCase
 from firmly.robust.annotators import Annotators, annotated, biased_annotators
@@ -57,6 +64,7 @@ from firmly.robust.staple import Staple, staple
 from firmly.robust.t_loss import TLoss
 
 __all__ = [
+    "Adele",
     "Adversarial",
     "AlmaProx",
     "AmbiguitySet",
@@ -105,6 +113,7 @@ __all__ = [
     "certified_iou",
     "clean_labels",
     "cleaner_features",
+    "class_overlaps",
     "co_trained",
     "contour_offsets",
     "cross_entropy",
@@ -123,7 +132,10 @@ __all__ = [
     "margin_loss",
     "mean_absolute_error",
     "mean_iou",
+    "memorisation_onset",
     "move_contours",
+    "multiscale_consistency",
+    "multiscale_laws",
     "normalised_dice",
     "of_labels",
     "ordinal_cost",
