@@ -221,3 +221,14 @@ def test_volumes():
 def test_bad_input_is_refused(call, error):
     with pytest.raises(error):
         call()
+
+
+def test_the_store_does_not_depend_on_the_default_precision():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        store = LabelStore(torch.zeros(1, 5, 5, dtype=torch.long), 3)
+        store.update([0], randn(1, 3, 5, 5, seed=0).softmax(1))
+        assert store.average([0]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

@@ -111,7 +111,7 @@ class LabelStore(nn.Module):
         for image, view, seen in zip(images, self.whole(images, views), probabilities, strict=True):
             new = view.back(seen.to(self.given.device).float())
             values, classes = view.crop(self.means[image]), view.crop(self.classes_kept[image])
-            rate = torch.where(values[:1] > 0, 1 - self.momentum, 1.0)  # the first visit says all there is
+            rate = torch.where(values[:1] > 0, 1 - self.momentum, 1.0).to(new)  # the first visit says all there is
             top = self.dense(values, classes).lerp_(new, rate).topk(values.shape[0], dim=0)
             values.copy_(top.values)
             classes.copy_(top.indices)
