@@ -1,4 +1,4 @@
-"""Linear prequential prediction of Elec2: recursive least squares and implicit steps; prints JSON."""
+"""Linear prequential prediction of Elec2: recursive least squares, implicit and logistic steps; prints JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from firmly.data import elec2
+from firmly.lab.experiments.optim_linear import logistic
 from firmly.optim import AdaptationGain, ImplicitStep, RecursiveLeastSquares
 from firmly.optim.gain_profiles import ConstantTrace, Decreasing, Forgetting
 
@@ -49,6 +50,9 @@ def main(rows: int | None = None) -> list[dict]:
             step.update(phi, y[t], rates)
         for rate, made in zip(RATES, predictions.T, strict=True):
             found.append({"method": f"ImplicitStep, {name}", "setting": f"rate {rate:g}", "accuracy": score(made)})
+    signs = data.labels[:rows] * 2 - 1
+    for rate, accuracy in zip(*logistic(rows_, signs, RATES[:4]), strict=True):
+        found.append({"method": "logistic SGD", "setting": f"rate {rate:g}", "accuracy": 100 * accuracy})
     return found
 
 

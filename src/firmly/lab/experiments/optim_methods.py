@@ -232,6 +232,10 @@ def hybrid(threshold: float) -> Callable[[nn.Module, float, Horizon], StreamLear
     return stream
 
 
+def kalman(params: list[Parameter], lr: float) -> Optimizer:
+    return BlockKalman(params, lr, block=KALMAN)
+
+
 def momentum(schedule: Schedules, name: str) -> Method:
     return Method(name, lambda p, lr: SGD(p, lr, momentum=0.9), schedule)
 
@@ -263,7 +267,7 @@ def methods() -> list[Method]:
         Method("Feedback, held, SGD", SGD, held, "ours"),
         Method("Feedback, SGD, told of drifts", SGD, each_chunk, "ours", drifts=True),
         Method("RLS of layers", role="ours", of_model=lambda net, lr: LayerRls(net, lr)),
-        Method("Kalman in blocks", lambda p, lr: BlockKalman(p, lr, block=KALMAN), role="ours"),
+        Method("Kalman in blocks", kalman, role="ours"),
         Method("hybrid", stream=hybrid(0.0), role="ours"),
         Method("hybrid, skipping", stream=hybrid(SKIPPED), role="ours"),
     ]
