@@ -167,6 +167,14 @@ def test_kalman_is_recursive_least_squares(profile):
     torch.testing.assert_close(p.detach(), model.partial_fit(X, Y).coef_, rtol=0, atol=1e-9)
 
 
+def test_losses_in_half_precision():
+    """|g|^2 = 180,000 is beyond float16, and the step would be zero."""
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    p.grad = torch.full((2,), 300.0, dtype=torch.float16)
+    APosteriori([p], 1.0).step(loss=torch.tensor(100.0, dtype=torch.float16))
+    torch.testing.assert_close(p.detach().float(), torch.full((2,), -300 / 901), rtol=2e-3, atol=0)
+
+
 def test_kalman_steps_in_any_memory_format():
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):

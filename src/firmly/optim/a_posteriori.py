@@ -107,7 +107,7 @@ class APosteriori(Optimizer):
                 raise DataError(f"the curvature is {float(curvature)}: training diverged")
             growth = groups[0][0] * curvature.clamp(min=0)
         elif loss is not None:
-            excess = torch.as_tensor(loss).detach() - self.floor
+            excess = wide(torch.as_tensor(loss).detach()) - self.floor
             if not bool((excess >= 0) & excess.isfinite()):
                 raise DataError(
                     f"the loss is {float(excess) + self.floor}; it is finite and at least floor, {self.floor}"
@@ -134,6 +134,11 @@ class APosteriori(Optimizer):
         self._filter.load_state_dict(state_dict["filter"])
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or better: squares of gradients leave the range of half precision."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Of all entries together, in float32 or better; `ConditionError` for sparse tensors."""
     tensors = list(tensors)
@@ -141,7 +146,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
         raise ConditionError("the step needs the norm of dense gradients: sparse ones are not taken")
     if not tensors:
         return torch.zeros(())
-    return torch.nn.utils.get_total_norm([t.float() if t.itemsize < 4 else t for t in tensors]).square()
+    return torch.nn.utils.get_total_norm([wide(t) for t in tensors]).square()
 
 
 @torch.no_grad()
