@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax
 from firmly.errors import SettingsError, ShapeError
 from firmly.robust.losses import VOID, cross_entropy, log_probabilities
 from firmly.robust.noise_models import valid_labels
+from firmly.robust.pencil import given_laws
 
 
 def transition_from_clean(probabilities: Tensor, clean: Tensor, void: int = VOID, prior: float = 1.0) -> Tensor:
@@ -181,13 +182,16 @@ def normalised_dice(logits: Tensor, labels: Tensor, power: float = 1.5, void: in
     """mean over classes of sum |p - g|^power / (sum p^2 + sum g^2 + 1e-5), sums over the valid pixels of the batch.
 
     Between the Dice loss (power 2) and a mean absolute error (power 1), which forgives wrong labels. Logits (batch,
-    class, *spatial), labels (batch, *spatial). Source: Wang et al., A noise-robust framework for automatic
-    segmentation of COVID-19 pneumonia lesions from CT images, 2020.
+    class, *spatial), labels (batch, *spatial), or laws (batch, class, *spatial) that are 0 on void.
+    Source: Wang et al., A noise-robust framework for automatic segmentation of COVID-19 pneumonia lesions from CT
+    images, 2020.
     """
     if not 1 <= power <= 2:
         raise SettingsError(f"the power lies in [1, 2], given {power}")
-    valid = valid_labels(labels, logits.shape[1], void)
+    laws, valid = given_laws(labels, logits.shape[1], void)
+    if laws.shape != logits.shape:
+        raise ShapeError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     p = torch.exp(-cross_entropy(logits)).movedim(1, -1)[valid]
-    g = torch.nn.functional.one_hot(labels[valid].long(), logits.shape[1]).to(p)
+    g = laws.movedim(1, -1)[valid].to(p)
     difference = (p - g).abs().clamp(min=torch.finfo(p.dtype).tiny)  # a power below 2 has no second derivative at 0
     return (difference**power).sum(0).div(p.square().sum(0) + g.square().sum(0) + 1e-5).mean()

@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax, one_hot, softmax
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.prox.prior import Prior
 from firmly.robust.losses import VOID
+from firmly.robust.noise_models import valid_labels
 
 
 def label_logits(labels: Tensor, classes: int, strength: float = 10.0, void: int = VOID) -> Tensor:
@@ -25,9 +26,9 @@ def pencil_loss(
     """KL(p, d) - kappa log d_y - beta sum_k p_k log p_k at every pixel, with p = softmax(logits), d = softmax(states).
 
     (batch, class, *spatial) twice and labels (batch, *spatial) -> (batch, *spatial), 0 on void: the paper's L_c + K
-    alpha L_o + beta L_e with kappa = K alpha, that is K times its loss for classification. Take the mean, or any
-    `risk`, over the valid pixels. The paper's stages: cross-entropy alone; model and states together; then `kappa=0`
-    with states detached.
+    alpha L_o + beta L_e with kappa = K alpha, that is K times its loss for classification. Labels may be laws (batch,
+    class, *spatial), 0 on void. Take the mean, or any `risk`, over the valid pixels. The paper's stages: cross-entropy
+    alone; model and states together; then `kappa=0` with states detached.
 
     Source: Yi and Wu, Probabilistic end-to-end noise correction for learning with noisy labels, 2019.
     The released code applies the softmax twice in L_o; docs/robust_risks says what that changes.
@@ -46,10 +47,16 @@ def label_step(probabilities: Tensor, labels: Tensor, kappa: float = 1.0, void: 
     """d = (p + kappa e_y) / (1 + kappa), the minimiser of `pencil_loss` over labels for fixed predictions p.
 
     No rate and no state: kappa says by how much the probability of another class has to exceed that of the given one
-    before the label flips, so that at kappa >= 1 none does. On void d = p.
+    before the label flips, so that at kappa >= 1 none does. On void d = p. Labels may be laws, in the place of e_y.
     Source: derived in docs/theory/robust_risks.
     """
     weights_are_fine(kappa, 0.0)
+    if labels.is_floating_point():
+        given, valid = given_laws(labels, probabilities.shape[1], void)
+        if given.shape != probabilities.shape:
+            raise ShapeError(f"probabilities {tuple(probabilities.shape)} do not fit laws {tuple(labels.shape)}")
+        share = valid.unsqueeze(1) * (kappa / (1 + kappa))
+        return (1 - share) * probabilities + share * given.to(probabilities)
     valid = valid_labels(labels, probabilities.shape[1], void)
     if probabilities.shape != (labels.shape[0], probabilities.shape[1], *labels.shape[1:]):
         raise ShapeError(f"probabilities {tuple(probabilities.shape)} do not fit labels {tuple(labels.shape)}")
@@ -94,20 +101,17 @@ def smooth_label_step(
 
 
 def given_laws(labels: Tensor, classes: int, void: int) -> tuple[Tensor, Tensor]:
-    """One-hot laws (batch, class, *spatial), 0 on void, and where labels are valid."""
-    valid = valid_labels(labels, classes, void)
-    laws = one_hot(torch.where(valid, labels, 0).long(), classes).movedim(-1, 1)
-    return laws * valid.unsqueeze(1), valid
-
-
-def valid_labels(labels: Tensor, classes: int, void: int) -> Tensor:
-    """Where there is a label (batch, *spatial), once all labels are classes."""
-    if labels.is_floating_point():
-        raise DataError(f"given labels are integers (batch, *spatial), not {labels.dtype}")
-    valid = labels != void
-    if bool((valid & ((labels < 0) | (labels >= classes))).any()):
-        raise DataError(f"labels lie between 0 and {classes - 1}, or are {void} where there is none")
-    return valid
+    """Laws (batch, class, *spatial), 0 on void, and where labels are valid: of integers one-hot, of laws themselves."""
+    if not labels.is_floating_point():
+        valid = valid_labels(labels, classes, void)
+        laws = one_hot(torch.where(valid, labels, 0).long(), classes).movedim(-1, 1)
+        return laws * valid.unsqueeze(1), valid
+    if labels.dim() < 2 or labels.shape[1] != classes or not bool((labels >= 0).all()):
+        raise DataError(
+            f"labels are integers (batch, *spatial), or laws (batch, {classes}, *spatial) that are not negative; given "
+            f"{labels.dtype} {tuple(labels.shape)}"
+        )
+    return labels, labels.sum(1) > 0
 
 
 def weights_are_fine(kappa: float, beta: float) -> None:

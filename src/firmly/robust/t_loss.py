@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from firmly.errors import DataError, SettingsError, ShapeError
+from firmly.errors import SettingsError, ShapeError
 from firmly.robust.losses import VOID, log_probabilities
-from firmly.robust.noise_models import valid_labels
+from firmly.robust.pencil import given_laws
 
 
 class TLoss(nn.Module):
@@ -35,16 +34,10 @@ class TLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, void: int = VOID) -> Tensor:
         p = log_probabilities(logits).double().exp()
-        if labels.shape == logits.shape:
-            if not bool((labels >= 0).all()):
-                raise DataError("label laws are not negative")
-            laws, valid = labels.double(), labels.sum(1) > 0
-        elif labels.shape == (len(logits), *logits.shape[2:]):
-            valid = valid_labels(labels, logits.shape[1], void)
-            laws = one_hot(torch.where(valid, labels, 0).long(), logits.shape[1]).movedim(-1, 1).double()
-        else:
+        laws, valid = given_laws(labels, logits.shape[1], void)
+        if laws.shape != logits.shape:
             raise ShapeError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
-        r = (valid * (p - laws).square().sum(1)).flatten(1).sum(1) / 2
+        r = (valid * (p - laws.double()).square().sum(1)).flatten(1).sum(1) / 2
         D = (logits.shape[1] - 1) * valid.flatten(1).sum(1).double()
         nu = self.log_nu.double().exp()
         gammas = torch.lgamma(nu / 2) - torch.lgamma((nu + D) / 2)
