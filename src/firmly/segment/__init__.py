@@ -4,7 +4,8 @@ The estimators for scikit-learn are in `firmly.segment.classifiers` and `firmly.
 """
 
 from firmly.segment.certified import CertifiedPixels, certified_pixels
-from firmly.segment.energy import EntropicTV, Minimum
+from firmly.segment.dual_ascent import Minimum
+from firmly.segment.energy import EntropicTV
 from firmly.segment.features import PixelFeatures
 from firmly.segment.fenchel_young import fenchel_young
 from firmly.segment.grid import contrast_weights

@@ -12,10 +12,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from firmly.certificates.signal import Signal, Tracer, handles
 from firmly.errors import NotConverged, ShapeError
 from firmly.fixedpoint.equilibrium import _errors as open_errors
-from firmly.linear.gradient import Gradient
 from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import Slope, largest, over_entries, positive, smallest, sum_over_sample
-from firmly.segment.grid import checked_coupling, checked_scores, differences, divergence, edge_bounds
+from firmly.segment.dual_ascent import Minimum, ascend
+from firmly.segment.grid import checked_coupling, checked_scores, differences, edge_bounds
 from firmly.segment.regions import region_means, regions
 
 BACKWARD_TOL = 1e-10  # relative residual of the reduced system
@@ -91,15 +91,6 @@ class EntropicTV(nn.Module):
         return f"accuracy={self.accuracy}, max_iterations={self.max_iterations}"
 
 
-class Minimum(NamedTuple):
-    """A solution: probabilities x, dual p (batch, classes, axes, *spatial), and a bound of |x - x*| for each sample."""
-
-    x: Tensor
-    dual: Tensor
-    error: Tensor
-    iterations: int
-
-
 class Settings(NamedTuple):
     """Of the solver; `errors` collects its relative errors while a certificate measures the network."""
 
@@ -130,44 +121,6 @@ def traced_minimiser(tracer: Tracer, scores: Signal, layer: EntropicTV, weights:
     if text not in tracer.system.assumptions:
         tracer.system.assumptions.append(text)
     return scores.nonlinear(layer.slope(), "group" if largest(layer.coupling) == 0 else "whole")
-
-
-def probabilities(scores: Tensor, dual: Tensor, tau: Tensor) -> Tensor:
-    return ((scores - divergence(dual)) / tau).softmax(1)
-
-
-def ascend(
-    scores: Tensor, bounds: Tensor, tau: Tensor, accuracy: float, max_iterations: int, start: Tensor | None = None
-) -> Minimum:
-    """max over |p| <= bounds of -tau sum_i logsumexp((s - D* p)_i / tau), by FISTA with restarts, for each sample.
-
-    Primal minus dual value at x = softmax((s - D* p) / tau) is sum (bounds |D x| - p D x), terms that are not negative;
-    and tau |x - x*|^2 is at most that gap, since the energy is 2 tau-strongly convex.
-    Sources: Beck and Teboulle 2009; O'Donoghue and Candes, Adaptive restart for accelerated gradient schemes, 2015.
-    """
-    norm = Gradient(scores.shape[1:]).norm().upper
-    step = 2 * tau / norm**2 if norm > 0 else torch.ones_like(tau)
-    pixels = math.prod(scores.shape[2:])
-    p = torch.zeros_like(differences(scores)) if start is None else start.to(scores).clamp(-bounds, bounds)
-    ahead, momentum = p, scores.new_ones(len(scores))
-    error = scores.new_full((len(scores),), torch.inf)
-    for iteration in range(max_iterations + 1):
-        if iteration % 10 == 0:
-            x = probabilities(scores, p, tau)
-            jumps = differences(x)
-            error = (sum_over_sample(bounds * jumps.abs() - p * jumps).clamp(min=0) / tau).sqrt()
-            if bool((error <= accuracy * math.sqrt(pixels)).all()):
-                return Minimum(x, p, error, iteration)
-        new = (ahead + step * differences(probabilities(scores, ahead, tau))).clamp(-bounds, bounds)
-        against = sum_over_sample((ahead - new) * (new - p)) > 0  # a restart of the momentum
-        momentum = torch.where(against, 1.0, momentum)
-        grown = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-        ahead = new + over_entries((momentum - 1) / grown, new) * (new - p)
-        p, momentum = new, grown
-    raise NotConverged(
-        f"the minimiser of the energy is certified to {float(error.max()) / math.sqrt(pixels):.3g} per pixel after "
-        f"{max_iterations} iterations, asked for {accuracy:.3g}; allow more max_iterations or a larger accuracy"
-    )
 
 
 @once_differentiable

@@ -10,7 +10,8 @@ from torch import Tensor
 from firmly.errors import SettingsError
 from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import over_entries, sum_over_sample
-from firmly.segment.energy import EntropicTV, Minimum, ascend
+from firmly.segment.dual_ascent import Minimum, ascend
+from firmly.segment.energy import EntropicTV
 from firmly.segment.grid import both_ends, checked_scores, differences, divergence
 from firmly.segment.labels import IGNORE, targets
 

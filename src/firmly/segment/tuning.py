@@ -77,8 +77,8 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Search:
-    """At most `max_solves` trials; minimisers of the energy to a root mean square error per pixel of `accuracy`; weights
-    are learned from so many labelled `pixels`, drawn with `seed` (None: from all).
+    """At most `max_solves` trials; minimisers of the energy to a root mean square error per pixel of `accuracy`;
+    weights learned from so many labelled `pixels`, drawn with `seed` (None: from all).
     """
 
     max_solves: int = 25
@@ -119,7 +119,7 @@ def tune_segmenter(
     hyperparameters: Mapping[str, Range | float] = {**RIDGE, **ENERGY},
     objective: Objective = cross_entropy,
     loss: Loss = log_loss,
-    search: Search = Search(),  # noqa: B008 - frozen
+    search: Search = Search(),
 ) -> Tuned:
     """A `LinearSegmenter` whose weights are learned from `given` labels, and its hyperparameters from `clean` ones.
 
@@ -166,7 +166,7 @@ def tune_energy(
     clean: Labelled,
     hyperparameters: Mapping[str, Range | float] = ENERGY,
     loss: Loss = log_loss,
-    search: Search = Search(),  # noqa: B008 - frozen
+    search: Search = Search(),
 ) -> Tuned:
     """The `EntropicTV` that suits scores (batch, classes, *spatial) of clean images, from any network.
 
