@@ -92,8 +92,8 @@ def clean_labels(
     given: Seen,
     clean: Seen,
     folds: Sequence[Sequence[int]] | None = None,
-    rows: int = 20_000,
-    max_solves: int = 20,
+    rows: int = 10_000,
+    max_solves: int = 15,
     void: int = VOID,
 ) -> CleanedLabels:
     """d = (q + kappa e_y) / (1 + kappa), `label_step` from the laws q of a cleaner that a few right labels have taught.

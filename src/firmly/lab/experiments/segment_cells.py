@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from firmly.lab.experiments.segment_problems import mean_overlap
-from firmly.lab.experiments.segment_training import CLEAN_ALONE, CONTROL, CROSS_ENTROPY, Labelled, scores
-from firmly.segment import EntropicTV
-
-ACCURACY = 3e-2  # root mean square per pixel, of probabilities
+from firmly.lab.experiments.segment_training import CONTROL, CROSS_ENTROPY, Labelled, Task
 
 
 class Cell(NamedTuple):
-    """One training: mIoU in per cent on the clean slices and on the test slices, Brier score, coupling chosen."""
+    """One method with one parameter and seed: mIoU in per cent of every clean slice, and of the test slices.
+
+    A method that learns from clean slices has a network for each half of them. Every clean slice is judged by the one
+    that has not seen it, and the test slices by both: their mean.
+    """
 
     model: str
     noise: str
@@ -25,15 +26,18 @@ class Cell(NamedTuple):
     method: str
     parameter: float
     seed: int
-    clean: float
+    clean: tuple[float, ...]
     test: float
     brier: float | None
-    coupling: float
     wrong: float
+
+    @property
+    def title(self) -> str:
+        return titled(self.method, self.parameter)
 
 
 class Group(NamedTuple):
-    """The trainings of one method with one parameter on one kind of labels, one for each seed."""
+    """The cells of one method with one parameter on one kind of labels, one for each seed."""
 
     method: str
     parameter: float
@@ -41,15 +45,15 @@ class Group(NamedTuple):
 
     @property
     def clean(self) -> float:
-        return fmean(c.clean for c in self.cells)
+        return fmean(v for c in self.cells for v in c.clean)
 
     @property
     def test(self) -> float:
         return fmean(c.test for c in self.cells)
 
-    @property
-    def title(self) -> str:
-        return f"{self.method} ({self.parameter:g})" if self.parameter else self.method
+
+def titled(method: str, parameter: float) -> str:
+    return f"{method} ({parameter:g})" if parameter else method
 
 
 def groups(cells: Sequence[Cell], model: str, noise: str, rate: float) -> list[Group]:
@@ -70,12 +74,19 @@ def by_method(all_groups: Sequence[Group]) -> dict[str, Group]:
     return best
 
 
-def choice(all_groups: Sequence[Group]) -> Group:
-    """The method and parameter that are best on the clean slices; cross-entropy where nothing is better."""
-    open_to_choice = [g for g in all_groups if g.method not in (CONTROL.name, CLEAN_ALONE.name)]
-    plain = next(g for g in open_to_choice if g.method == CROSS_ENTROPY.name)
-    best = max(open_to_choice, key=lambda g: g.clean)
-    return best if best.clean > plain.clean else plain
+def choice(cells: Sequence[Cell]) -> Cell:
+    """Of one seed, the method that is best on the clean slices among those that beat cross-entropy beyond chance.
+
+    Beyond chance: the 95 percent interval of the mean difference, paired by slices, is above zero. Else cross-entropy.
+    The control is never chosen.
+    """
+    plain = next(c for c in cells if c.method == CROSS_ENTROPY.name)
+    better = []
+    for cell in cells:
+        gains = [a - b for a, b in zip(cell.clean, plain.clean, strict=True)]
+        if cell.method != CONTROL.name and fmean(gains) > (interval(gains) or 0.0):
+            better.append(cell)
+    return max(better, key=lambda c: fmean(c.clean), default=plain)
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -89,17 +100,27 @@ def interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * (variance / len(values)) ** 0.5
 
 
-@torch.no_grad()
-def predicted(network: nn.Module, inputs: Tensor, coupling: float) -> Tensor:
-    """Scores, or, with a coupling, probabilities (n, class, height, width)."""
-    found = scores(network, inputs)
-    return EntropicTV(coupling, accuracy=ACCURACY)(found) if coupling > 0 else found
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float | None]:
+    """sum of parts / sum of wholes, and half of the width of its 95 percent interval, by the delta method."""
+    quotient = fmean(parts) / fmean(wholes)
+    half = interval([a - quotient * b for a, b in zip(parts, wholes, strict=True)])
+    return quotient, None if half is None else half / abs(fmean(wholes))
 
 
-def chosen_coupling(
-    network: nn.Module, clean: Labelled, classes: int, couplings: Sequence[float]
-) -> tuple[float, float]:
-    """The coupling with the best overlap on the clean slices, and that overlap."""
-    found = {c: mean_overlap(predicted(network, clean.inputs, c).argmax(1), clean.labels, classes) for c in couplings}
-    best = max(found, key=lambda c: found[c])
-    return best, found[best]
+def measured(task: Task, test: Labelled, networks: Sequence[nn.Module]) -> tuple[list[float], float, Tensor]:
+    """mIoU of every clean slice and of the test slices, in per cent, and the mean law (n, class, ...) on the latter.
+
+    With the energy that was tuned on one half of the clean slices the other half is judged. Of networks that learned
+    from one half, too, there is one for each.
+    """
+    clean = [0.0] * len(task.clean.labels)
+    tests, laws = [], []
+    for fold, learned in enumerate(task.halves):
+        network, energy = networks[fold % len(networks)], task.energies[fold]
+        judged = [i for i in range(len(clean)) if i not in learned]
+        found = energy.laws(task.model, network, Labelled(*(part[judged] for part in task.clean)))
+        for i, law in zip(judged, found, strict=True):
+            clean[i] = 100 * mean_overlap(law.argmax(0), task.clean.labels[i], task.classes)
+        laws.append(energy.laws(task.model, network, test))
+        tests.append(100 * mean_overlap(laws[-1].argmax(1), test.labels, task.classes))
+    return clean, fmean(tests), torch.stack(laws).mean(0)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from firmly.robust import cross_entropy
-from firmly.segment import EntropicTV, PixelFeatures, UNet, monotone_segmenter, unrolled_segmenter
+from firmly.segment import PixelFeatures, UNet, monotone_segmenter, unrolled_segmenter
 
 ModelName = Literal["U-Net", "logistic-TV", "SVM-TV", "unrolled", "implicit"]
 SCALES = (1.0, 2.0)
 SMALLEST = 1e-6  # a probability whose logarithm is a score
+
+
+class Labelled(NamedTuple):
+    """Images (n, 1, height, width), what a model sees of them (n, channels, ...), their labels (n, height, width)."""
+
+    images: Tensor
+    inputs: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,10 @@ MODELS = {
 }
 
 
-def whole(model: Model, network: nn.Module, coupling: float) -> nn.Module:
-    """Images -> scores, or, after an energy, probabilities, as one network that `certify` traces."""
-    parts = [PixelFeatures(SCALES)] if model.seen is features else []
-    head = [EntropicTV(coupling)] if coupling > 0 else []
-    return nn.Sequential(*parts, network, *head).eval()
+@torch.no_grad()
+def scores(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Scores (n, class, height, width) in eval mode."""
+    training = network.training
+    found = network.eval()(inputs)
+    network.train(training)
+    return found

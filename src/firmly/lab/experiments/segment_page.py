@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
-from firmly.lab.experiments.segment_cells import Cell, Group, by_method, choice, groups, interval
+from firmly.lab.experiments.segment_cells import Cell, Group, by_method, choice, groups, interval, ratio
 from firmly.lab.experiments.segment_models import MODELS
 from firmly.lab.experiments.segment_pictures import certified, section
 from firmly.lab.experiments.segment_problems import Problem
-from firmly.lab.experiments.segment_training import CLEAN_ALONE, CONTOURS, CROSS_ENTROPY, FINE_TUNED, METHODS
+from firmly.lab.experiments.segment_training import CLEAN_ALONE, CROSS_ENTROPY, METHODS, Task
 from firmly.lab.page import Page, Section, Table
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.study import Listener
@@ -23,39 +22,43 @@ if TYPE_CHECKING:
 TARGET = 80.0  # per cent of the lost overlap
 COST = 0.5  # points on clean labels
 SMALL = 1.0  # points: a loss too small for a ratio
-WITH_CLEAN = (CONTOURS.name, FINE_TUNED.name, "forward correction")  # they learn from the clean slices, too
 
 
 class Advice(NamedTuple):
-    """What was chosen for one model under one error, beside cross-entropy, and both without an error."""
+    """What was chosen for one model under one error, one cell for each seed, and what it is compared with.
+
+    `blind` is chosen among methods that learn from no clean slice. `clean_plain` is cross-entropy with clean labels,
+    `clean_best` there the method and parameter of `best`.
+    """
 
     model: str
     noise: str
     rate: float
-    plain: Group
-    best: Group
-    blind: Group
-    clean_plain: Group
-    clean_best: Group
+    plain: list[Cell]
+    best: list[Cell]
+    blind: list[Cell]
+    clean_plain: list[Cell]
+    clean_best: list[Cell]
 
     @property
-    def lost(self) -> float:
-        return self.clean_plain.test - self.plain.test
+    def lost(self) -> list[float]:
+        return differences(self.clean_plain, self.plain)
 
-    def recovered(self, group: Group) -> float | None:
-        """Per cent of what the error costs cross-entropy."""
-        if self.noise == "none" or self.lost < SMALL:
+    def recovered(self, cells: list[Cell]) -> tuple[float, float | None] | None:
+        """Per cent of what the error costs cross-entropy, with half of the width of its interval."""
+        if self.noise == "none" or fmean(self.lost) < SMALL:
             return None
-        return 100 * (group.test - self.plain.test) / self.lost
+        part, half = ratio(differences(cells, self.plain), self.lost)
+        return 100 * part, None if half is None else 100 * half
 
     @property
-    def cost(self) -> float:
-        """Points that the chosen method and parameter lose where all labels are right."""
-        return self.clean_plain.test - self.clean_best.test
+    def met(self) -> bool:
+        found = self.recovered(self.best)
+        return found is not None and found[0] >= TARGET
 
 
 def page(
-    settings: SegmentSettings, data: Problem, cells: Sequence[Cell], labels: Callable[[str, float, int], Tensor],
+    settings: SegmentSettings, data: Problem, cells: Sequence[Cell], task: Callable[[str, str, float, int], Task],
     run_folder: RunFolder, listen: Listener,
 ) -> Page:  # fmt: skip
     models = settings.models.split(",")
@@ -63,67 +66,86 @@ def page(
     sections = [answer(settings, advices)]
     listen("note", {"text": "drawing labels, predictions and certified pixels"})
     first = next((a for a in advices if a.noise != "none"), advices[0])
-    given = labels(first.noise, first.rate, 0)
-    sections.append(
-        section(data, first.model, first.noise, first.rate, first.plain, first.best, given, settings.steps,
-                settings.seed, run_folder)
-    )  # fmt: skip
+    shown = task(first.model, first.noise, first.rate, 0)
+    sections.append(section(data, shown, first.noise, first.rate, first.plain[0], first.best[0], run_folder))
     bounded = next((a for a in advices if a.model != "U-Net" and a.noise == first.noise and a.rate == first.rate), None)
     if bounded is not None:
-        sections.append(
-            certified(data, bounded.model, bounded.best, given, settings.steps, settings.seed, settings.radius,
-                      settings.certify_seconds, run_folder)
-        )  # fmt: skip
+        shown = task(bounded.model, bounded.noise, bounded.rate, 0)
+        seconds = settings.certify_seconds
+        sections.append(certified(data, shown, bounded.best[0], settings.radius, seconds, run_folder))
     for model in models:
-        tables = [matrix(settings, cells, model, "test")]
+        tables = [matrix(settings, cells, model, overlap_entry, OVERLAP)]
         if MODELS[model].probabilistic:
-            tables.append(matrix(settings, cells, model, "brier"))
+            tables.append(matrix(settings, cells, model, brier_entry, BRIER))
         sections.append(Section(f"All methods: {model}", "", tuple(tables)))
     sections.append(Section("How it was measured", how(settings, data)))
     wrong = [a for a in advices if a.recovered(a.best) is not None]
-    worst = min((a.recovered(a.best) or 0.0 for a in wrong), default=0.0)
-    kept = [a.clean_plain.test - a.best.test for a in advices if a.noise == "none"]
-    met = [a for a in wrong if (a.recovered(a.best) or 0.0) >= TARGET]
+    blind = [a for a in wrong if (a.recovered(a.blind) or (0.0,))[0] >= TARGET]
+    worst = min(((a.recovered(a.best) or (0.0,))[0] for a in wrong), default=0.0)
+    kept = max(fmean(differences(a.clean_plain, a.best)) for a in advices if a.noise == "none")
     return Page(
-        f"What was chosen on {len(data.clean.labels) // 2} clean slices brings back {TARGET:.0f} % or more of what "
-        f"wrong labels cost in {len(met)} of {len(wrong)} cases",
+        f"What was chosen on {len(data.clean.labels)} clean slices brings back {TARGET:.0f} % or more of what "
+        f"wrong labels cost in {len([a for a in wrong if a.met])} of {len(wrong)} cases",
         f"The target is {TARGET:.0f} % of the mean overlap that cross-entropy loses, and at most {COST} points lost "
-        f"where all labels are right: there the choice loses {max(kept):.1f} points at most. Without clean slices to "
-        f"learn from, {len([a for a in wrong if (a.recovered(a.blind) or 0.0) >= TARGET])} of {len(wrong)} reach it.",
+        f"where all labels are right: there the choice loses {max(kept, 0.0):.1f} points at most. Without clean slices "
+        f"to learn from, {len(blind)} of {len(wrong)} reach it.",
         tuple(sections),
         {
             "least recovered (%)": round(worst, 1),
-            "most lost on clean labels (points)": round(max(kept), 2),
+            "most lost on clean labels (points)": round(kept, 2),
             "trainings": len(cells),
         },
     )
 
 
+def differences(some: Sequence[Cell], others: Sequence[Cell]) -> list[float]:
+    """Of the test overlap, paired by seeds."""
+    return [a.test - b.test for a, b in zip(some, others, strict=True)]
+
+
 def advice(cells: Sequence[Cell], model: str, noise: str, rate: float) -> Advice:
-    found, clean = groups(cells, model, noise, rate), groups(cells, model, "none", 0.0)
-    plain, best = by_method(found)[CROSS_ENTROPY.name], choice(found)
-    blind = choice([g for g in found if g.method not in WITH_CLEAN])
-    same = next(g for g in clean if (g.method, g.parameter) == (best.method, best.parameter))
-    return Advice(model, noise, rate, plain, best, blind, by_method(clean)[CROSS_ENTROPY.name], same)
+    here = [c for c in cells if (c.model, c.noise, c.rate) == (model, noise, rate)]
+    clean = [c for c in cells if (c.model, c.noise) == (model, "none")]
+    alone = [] if noise == "none" else [c for c in clean if c.method == CLEAN_ALONE.name]
+    plain, best, blind, clean_plain, clean_best = [], [], [], [], []
+    for seed in sorted({c.seed for c in here}):
+        found = [c for c in (*here, *alone) if c.seed == seed]
+        plain.append(next(c for c in found if c.method == CROSS_ENTROPY.name))
+        best.append(choice(found))
+        blind.append(choice([c for c in found if not METHODS[c.method].learns]))
+        same = [c for c in clean if c.seed == seed]
+        clean_plain.append(next(c for c in same if c.method == CROSS_ENTROPY.name))
+        clean_best.append(next(c for c in same if (c.method, c.parameter) == (best[-1].method, best[-1].parameter)))
+    return Advice(model, noise, rate, plain, best, blind, clean_plain, clean_best)
+
+
+def names(cells: Sequence[Cell]) -> str:
+    """What was chosen, and how often where seeds differ."""
+    counts = Counter(c.title for c in cells).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{name} ({count})" for name, count in counts)
+
+
+def give_or_take(value: float, half: float | None, digits: int = 1, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
     rows = []
     for a in advices:
-        gain = interval([b.test - p.test for b, p in zip(a.best.cells, a.plain.cells)])
+        gains, costs = differences(a.best, a.plain), differences(a.clean_plain, a.clean_best)
         best, blind = a.recovered(a.best), a.recovered(a.blind)
         rows.append(
             [
                 a.model,
                 a.noise,
-                f"{100 * fmean(c.wrong for c in a.plain.cells):.0f} %",
-                f"{a.plain.test:.1f}",
-                a.best.title,
-                f"{a.best.test:.1f}",
-                f"{a.best.test - a.plain.test:+.1f}" + ("" if gain is None else f" ± {gain:.1f}"),
-                "" if best is None else f"{best:.0f} %",
-                f"{a.blind.title}" + ("" if blind is None else f": {blind:.0f} %"),
-                f"{a.cost:.1f}",
+                f"{100 * fmean(c.wrong for c in a.plain):.0f} %",
+                f"{fmean(c.test for c in a.plain):.1f}",
+                names(a.best),
+                f"{fmean(c.test for c in a.best):.1f}",
+                give_or_take(fmean(gains), interval(gains), sign="+"),
+                "" if best is None else f"{give_or_take(*best, digits=0)} %",
+                names(a.blind) + ("" if blind is None else f": {blind[0]:.0f} %"),
+                give_or_take(fmean(costs), interval(costs)),
             ]
         )
     columns = (
@@ -134,36 +156,54 @@ def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
         "Mean intersection over union in per cent, over all classes of the test slices, by labels that nobody "
         "corrupted. Recovered: of what the error costs cross-entropy. Cost: what the same method with the same "
         "parameter loses, in points, if all labels are right after all (negative: it gains). "
-        + ("Intervals: 95 % over the seeds, paired." if settings.seeds > 1 else "One seed, and so no interval.")
+        + (
+            f"Means over {settings.seeds} seeds, each with labels, networks and a choice of its own; 95 % intervals "
+            "over the seeds, paired. Numbers in parentheses after a method: its parameter, or in how many seeds it was "
+            "chosen where they differ."
+            if settings.seeds > 1
+            else "One seed, and so no interval."
+        )
     )
-    chosen = [i for i, a in enumerate(advices) if (a.recovered(a.best) or 0.0) >= TARGET]
     text = (
-        "With this kind of label error, what should one use, and what does it cost when the labels are clean? Methods "
-        "and parameters are those with the best mIoU on clean slices that are neither in the training nor in the test. "
+        "With this kind of label error, what should one use, and what does it cost when the labels are clean? Chosen "
+        "is the method with the best mIoU on clean slices that are neither in the training nor in the test, among "
+        "those that beat cross-entropy there beyond chance (95 %, paired by slices); where none does, cross-entropy. "
         f"Rows that stand out reach the target of {TARGET:.0f} %."
     )
-    return Section("What to use", text, (Table(columns, rows, caption, chosen),))
+    return Section("What to use", text, (Table(columns, rows, caption, [i for i, a in enumerate(advices) if a.met]),))
 
 
-def matrix(settings: SegmentSettings, cells: Sequence[Cell], model: str, what: str) -> Table:
-    """Every method under every error, each with the parameter chosen on the clean slices."""
-    conditions = settings.conditions
-    found = [by_method(groups(cells, model, *condition)) for condition in conditions]
-    names = [m.name for m in (*METHODS, CLEAN_ALONE) if m.name in found[0]]
+OVERLAP = (
+    "mIoU of the test slices in per cent (and the parameter that is best on the clean slices); with several seeds, "
+    "what is gained over cross-entropy, with its paired 95 % interval"
+)
+BRIER = "Brier score against the probability maps, times 100: the smaller the better"
 
-    def entry(group: Group | None) -> str | None:
-        if group is None:
-            return None
-        if what == "test":
-            return f"{group.test:.1f}" + (f" ({group.parameter:g})" if group.parameter else "")
-        return f"{100 * fmean(c.brier or 0.0 for c in group.cells):.2f}"
 
-    # what is learned from clean slices alone does not depend on the errors of other labels
-    rows = [[n, *(entry(f.get(n) or (found[0][n] if n == CLEAN_ALONE.name else None)) for f in found)] for n in names]
-    columns = ["method", *(noise if noise == "none" else f"{noise} {100 * rate:.0f} %" for noise, rate in conditions)]
-    if what == "test":
-        return Table(columns, rows, "mIoU of the test slices in per cent (and the parameter that was chosen)")
-    return Table(columns, rows, "Brier score against the probability maps, times 100: the smaller the better")
+def overlap_entry(group: Group, plain: Group) -> str:
+    text = f"{group.test:.1f}" + (f" ({group.parameter:g})" if group.parameter else "")
+    gains = differences(group.cells, plain.cells)
+    if len(gains) > 1 and group.method != CROSS_ENTROPY.name:
+        text += f": {give_or_take(fmean(gains), interval(gains), sign='+')}"
+    return text
+
+
+def brier_entry(group: Group, plain: Group) -> str:
+    return f"{100 * fmean(c.brier or 0.0 for c in group.cells):.2f}"
+
+
+def matrix(
+    settings: SegmentSettings, cells: Sequence[Cell], model: str, entry: Callable[[Group, Group], str], caption: str
+) -> Table:
+    """Every method under every error, each with the parameter that is best on the clean slices."""
+    found = [by_method(groups(cells, model, *condition)) for condition in settings.conditions]
+    rows = [
+        [name, *(entry(f[name], f[CROSS_ENTROPY.name]) if name in f else None for f in found)]
+        for name in METHODS
+        if name in found[0]
+    ]
+    heads = [noise if noise == "none" else f"{noise} {100 * rate:.0f} %" for noise, rate in settings.conditions]
+    return Table(["method", *heads], rows, caption)
 
 
 def how(settings: SegmentSettings, data: Problem) -> str:
@@ -175,11 +215,14 @@ def how(settings: SegmentSettings, data: Problem) -> str:
     }.get(data.name, "They are slices of one person, correlated among each other, with labels that a network found.")
     return (
         f"{train} slices for training, {test} for the test, {clean} clean ones away from both. {stack} Errors fill "
-        "the given fraction of what is foreground before or after, as near as whole objects allow. Half of the clean "
-        "slices are for learning ('then clean slices' ends with them, forward correction finds its matrix on them, "
-        "'contours moved back' its offsets, 'clean slices alone' has no other), the other half for choosing; they are "
-        "neighbours of each other, which favours methods that learn from clean slices. 'sup-CVaR' is the wrong sense "
-        "for wrong labels, and 'clean slices alone' no method for them: neither is ever chosen. All methods "
+        "the given fraction of what is foreground before or after, as near as whole objects allow. Methods that learn "
+        "from clean slices are trained twice, with the first and with the second half of them (the stack is not mixed, "
+        "so that few neighbours are parted); each clean slice is judged by the network that has not seen it, and the "
+        "test is the mean of both. 'cleaned labels' are those of clean_labels: the network of plain cross-entropy "
+        "looks at the clean slices, a convex model learns what is right where it says what it says, and corrects the "
+        "labels for a training from the start; the ridge and kappa come from firmly.bilevel, once for both halves. "
+        "The coupling of total variation comes from firmly.bilevel, too, on the half that does not judge, for the "
+        "scores of plain cross-entropy. 'sup-CVaR' is the wrong sense for wrong labels, and never chosen. All networks "
         "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are "
         "right is certified nowhere."
         + (" Of SVM-TV, 'cross-entropy' is the hinge loss." if "SVM-TV" in settings.models else "")

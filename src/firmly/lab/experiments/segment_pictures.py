@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from firmly.certificates import certify
 from firmly.lab.charts import at_most
-from firmly.lab.experiments.segment_cells import Group, predicted
-from firmly.lab.experiments.segment_models import MODELS, Model, whole
+from firmly.lab.experiments.segment_cells import Cell
+from firmly.lab.experiments.segment_energy import whole
+from firmly.lab.experiments.segment_models import Labelled, scores
 from firmly.lab.experiments.segment_problems import Problem
-from firmly.lab.experiments.segment_training import CROSS_ENTROPY, METHODS, Labelled, believed, fit, scores
+from firmly.lab.experiments.segment_training import CROSS_ENTROPY, METHODS, Task, believed, fit
 from firmly.lab.page import Pictures, Section, Table
 from firmly.lab.pictures import coloured, png
 from firmly.lab.run_folder import RunFolder
@@ -21,37 +22,30 @@ from firmly.segment import certified_pixels
 
 
 class Trained(NamedTuple):
-    """A network of the table, trained again."""
+    """The first network of a cell, trained again."""
 
-    group: Group
+    cell: Cell
     network: nn.Module
-    coupling: float
 
 
-def again(data: Problem, model: Model, group: Group, given: Tensor, steps: int, seed: int) -> Trained:
-    """The first network of a group, as it was."""
-    method = next(m for m in METHODS if m.name == group.method)
-    seen = [model.seen(part.images) for part in (data.train, data.clean)]
-    learning = Labelled(seen[1][::2], data.clean.labels[::2])
-    network = fit(model, method, group.parameter, Labelled(seen[0], given), learning, len(data.classes), steps, seed)
-    return Trained(group, network, group.cells[0].coupling)
+def again(task: Task, cell: Cell) -> Trained:
+    method = METHODS[cell.method]
+    return Trained(cell, task.plain if method is CROSS_ENTROPY else fit(task, method, cell.parameter, 0))
 
 
 def section(
-    data: Problem, name: str, noise: str, rate: float, plain: Group, best: Group, given: Tensor, steps: int, seed: int,
-    run: RunFolder,
+    data: Problem, task: Task, noise: str, rate: float, plain: Cell, best: Cell, run: RunFolder
 ) -> Section:  # fmt: skip
     """One test slice and one training slice, under one error of annotators."""
-    model = MODELS[name]
+    model = task.model
     top = len(data.classes)
-    one, other = (again(data, model, group, given, steps, seed) for group in (plain, best))
+    one, other = again(task, plain), again(task, best)
     at, from_train = len(data.test.labels) // 2, len(data.train.labels) // 2
-    truth = data.test.labels[at]
-    found = [predicted(t.network, model.seen(data.test.images[at : at + 1]), t.coupling).argmax(1)[0]
-             for t in (one, other)]  # fmt: skip
-    seen = Labelled(model.seen(data.train.images), given)
-    belief, how = beliefs(model, other, seen)
-    right = data.train.labels
+    truth, image = data.test.labels[at], data.test.images[at : at + 1]
+    there = Labelled(image, model.seen(image), truth[None])
+    found = [task.energies[0].laws(model, t.network, there).argmax(1)[0] for t in (one, other)]
+    belief, how = beliefs(task, other)
+    right, given = data.train.labels, task.given.labels
 
     def shown(key: str, content: bytes, caption: str) -> tuple[str, str]:
         run.write(f"pictures/{key}.png", content)
@@ -81,25 +75,25 @@ def section(
     ]
     blocks = [Pictures(tests), Pictures(trains, how)]
     if model.probabilistic:
-        blocks.append(search(seen, right, [one, other]))
-    return Section(f"{name} under {noise}, {100 * rate:.0f} % wrong", "", tuple(blocks))
+        blocks.append(search(task, right, [one, other]))
+    return Section(f"{model.name} under {noise}, {100 * rate:.0f} % wrong", "", tuple(blocks))
 
 
-def beliefs(model: Model, trained: Trained, given: Labelled) -> tuple[Tensor, str]:
+def beliefs(task: Task, trained: Trained) -> tuple[Tensor, str]:
     """Labels that the method believes, or that its predictions contradict confidently; and how they were found."""
-    group = trained.group
-    own = believed(model, group.method, group.parameter, trained.network, given)
+    cell, given = trained.cell, task.given
+    own = believed(task, cell.method, cell.parameter, trained.network)
     if own is not None:
-        return own, f"believed: what {group.title} trained on at last"
-    if not model.probabilistic:
+        return own, f"believed: what {cell.title} trained on at last"
+    if not task.model.probabilistic:
         return given.labels, "believed: the method takes the labels as they are"
     found = label_errors(scores(trained.network, given.inputs).softmax(1), given.labels).believed
     return found, "believed: labels given, but those that the network contradicts confidently (label_errors)"
 
 
-def search(given: Labelled, right: Tensor, networks: list[Trained]) -> Table:
+def search(task: Task, right: Tensor, networks: list[Trained]) -> Table:
     """How well networks find the wrong labels that they were trained on."""
-    rows = []
+    rows, given = [], task.given
     wrong = given.labels != right
     for trained in networks:
         laws = scores(trained.network, given.inputs).softmax(1)
@@ -110,7 +104,7 @@ def search(given: Labelled, right: Tensor, networks: list[Trained]) -> Table:
         first = ranks[: max(len(ranks) // 5, 1)]
         rows.append(
             [
-                trained.group.title,
+                trained.cell.title,
                 f"{100 * (flagged & wrong).sum() / max(int(wrong.sum()), 1):.0f} %",
                 f"{100 * (flagged & wrong).sum() / max(int(flagged.sum()), 1):.0f} %",
                 f"{separation(quality, wrong):.3f}",
@@ -140,14 +134,10 @@ def separation(quality: Tensor, wrong: Tensor) -> float:
     return float("nan") if not n or not m else 1 - (float(ranks[bad].sum()) - n * (n + 1) / 2) / (n * m)
 
 
-def certified(
-    data: Problem, name: str, best: Group, given: Tensor, steps: int, seed: int, radius: float, seconds: float,
-    run: RunFolder,
-) -> Section:  # fmt: skip
+def certified(data: Problem, task: Task, best: Cell, radius: float, seconds: float, run: RunFolder) -> Section:
     """The pixels of a test slice that no perturbation of the image changes."""
-    model = MODELS[name]
-    trained = again(data, model, best, given, steps, seed)
-    network = whole(model, trained.network, trained.coupling)
+    name = task.model.name
+    network = whole(task.model, again(task, best).network, task.energies[0])
     at = len(data.test.labels) // 2
     image = data.test.images[at : at + 1]
     upper = certify(network.double(), shape=tuple(image.shape[1:]), budget_s=seconds).upper
