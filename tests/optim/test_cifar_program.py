@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch.nn.functional import pad
 
-from benchmarks.programs.feedback_cifar import main, moved
 from firmly.data import ImageSet
 
 
+@pytest.fixture(autouse=True)
+def _with_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+
+
 def test_pictures_are_shifted_and_mirrored():
+    from benchmarks.programs.feedback_cifar import moved
+
     x = torch.arange(4 * 3 * 32 * 32).float().reshape(4, 3, 32, 32)
     drawn = torch.Generator().manual_seed(3)
     rows, columns = (torch.randint(7, (4,), generator=drawn) for _ in range(2))
@@ -22,6 +31,8 @@ def test_pictures_are_shifted_and_mirrored():
 
 
 def test_the_program_runs():
+    from benchmarks.programs.feedback_cifar import main
+
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
     data = ImageSet(images, torch.arange(20) % 10)

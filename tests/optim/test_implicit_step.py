@@ -127,6 +127,29 @@ def test_recursive_least_squares_is_the_integral_step():
     torch.testing.assert_close(step.theta, estimator.coef_, rtol=1e-9, atol=1e-9)
 
 
+def test_filters_help_gains_that_decrease_not_gains_that_forget():
+    """A plant that jumps at half time, noise of 0.1: the integral of the squared errors of the parameters."""
+    jumped = torch.tensor([-1.2, 0.5, 1.0, 0.5], dtype=torch.float64)
+    noise = 0.1 * torch.randn(1999, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def integral(gain, profile):
+        F = MatrixGain(1e3 * torch.eye(4, dtype=torch.float64), profile, ceiling=1e9)
+        step, y, total = ImplicitStep(torch.zeros(4, dtype=torch.float64), gain), [0.0, 0.0], 0.0
+        for t, (phi, _) in enumerate(DATA):
+            true = THETA if t < 1000 else jumped
+            phi = torch.cat([torch.tensor([-y[-1], -y[-2]], dtype=torch.float64), phi[2:]])
+            y.append(float(phi @ true + noise[t]))
+            step.update(phi, y[-1], F)
+            F.update(phi)
+            total += float((step.theta - true).square().sum())
+        return total
+
+    tustin, heavy = presets.tustin(0.9).gain, presets.heavy_ball(1 / 3).gain
+    slow, fast = integral(AdaptationGain(), Decreasing()), integral(AdaptationGain(), Forgetting(0.98))
+    assert integral(tustin, Decreasing()) < 0.95 * slow and fast < 0.2 * slow
+    assert integral(heavy, Forgetting(0.98)) > fast
+
+
 def test_no_matrix_is_made_of_products():
     class Diagonal:
         def direction(self, phi):
