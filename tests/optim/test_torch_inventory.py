@@ -444,6 +444,26 @@ def test_complex_parameters_are_two_real_ones_or_refused(case):
     torch.testing.assert_close(torch.view_as_real(z.detach()), real.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_complex_layers_are_refused():
+    with pytest.raises(ConditionError, match="complex"):
+        LayerRls(nn.Linear(3, 2).to(torch.complex128))
+
+
+def test_sparse_gradients_beside_layers_are_plain_steps():
+    ends = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(6, 3, sparse=sparse), nn.Linear(3, 2)).double()
+        optimizer = LayerRls(net)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.tensor([1, 3, 1])).square().mean().backward()
+            optimizer.step()
+        ends.append(weights(net))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
 @those("params")
 def test_sparse_gradients_are_refused(case):
     net = nn.Embedding(5, 3, sparse=True)
@@ -473,6 +493,16 @@ def test_a_scaler_skips_gradients_that_overflow(case):
         scaler.update()
         assert all(torch.equal(a, b) != moves for a, b in zip(before, weights(net), strict=True))
         assert all(bool(p.isfinite().all()) for p in net.parameters())
+
+
+@those("own gradients")
+def test_a_search_refuses_a_scaler(case):
+    """Scaled gradients are not those that it takes."""
+    net = network(torch.float32)
+    optimizer, scaler = case.make(net), torch.amp.GradScaler("cpu")
+    scaler.scale((net(X.float()) - Y.float()).square().mean()).backward()
+    with pytest.raises(ConditionError, match="closure"):
+        scaler.step(optimizer)
 
 
 @those("own gradients", without=True)

@@ -55,6 +55,8 @@ class LayerRls(Optimizer):
                 layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
             ):
                 raise ConditionError(f"convolutions have one group and zero padding by numbers here, given {layer}")
+        if any(p.is_complex() for layer in self.layers for p in layer.parameters()):
+            raise ConditionError("the least-squares problems of layers are real ones: complex weights are not taken")
         owners = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
         if any(owners.count(id(layer.weight)) != 1 for layer in self.layers):
             raise ConditionError("every layer needs a weight of its own: neither shared nor computed from others")
