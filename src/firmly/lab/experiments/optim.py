@@ -36,6 +36,10 @@ Task = Literal["digits", "spirals", "mnist", "fashion", "cifar10", "cifar100", "
     "chunked-fashion", "chunked-cifar10", "incremental-digits", "incremental-mnist", "incremental-fashion",
     "incremental-cifar10", "rotating", "permuted", "elec2", "covtype", "stream",
 ]  # fmt: skip
+TWINS = (  # of other methods, which are the better known or the better ones
+    "momentum 0.9, plateau", "Nesterov 0.9", "RMSprop", "AdamW", "Adam, cosine", "schedule-free SGD",
+    "D-Adaptation, SGD", "a posteriori, Tustin 0.9", "Feedback, held, SGD",
+)  # fmt: skip
 MANY = 100  # features, above which Kalman filters are too dear here
 STREAMS: tuple[Task, ...] = ("rotating", "permuted", "elec2", "covtype")
 
@@ -48,11 +52,12 @@ class OptimSettings:
     Sets: `train` samples at most, in `epochs` passes; chunked ones come in `parts` chunks, incremental ones two classes
     at a time, with as many passes over each. Streams: `length` samples (permuted and rotating ones of `pictures`),
     once; the `first` part chooses; permuted ones change `parts` - 1 times. "stream" stands for all streams. `delay`:
-    what slow steps cost on streams. Networks have two layers of `hidden` units. `published` is the rate at which PID
-    and momentum are compared.
+    what slow steps cost on streams. "few" `methods`: without `TWINS` on every task but the first. Networks have two
+    layers of `hidden` units. `published` is the rate at which PID and momentum are compared.
     """
 
     task: tuple[Task, ...] = ("digits", "permuted", "elec2")
+    methods: Literal["all", "few"] = "all"
     rates: int = 9
     lowest: float = 1e-4
     highest: float = 10.0
@@ -119,7 +124,9 @@ def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Pag
     size = Size(s.hidden, s.batch, s.epochs, s.first, s.window, s.ahead, s.delay)
     rates, seeds = grid(settings), range(settings.seed, settings.seed + settings.seeds + 1)
     data = {task: read(task, settings) for task in tasks(settings)}
-    allowed = {task: [m for m in methods() if takes_part(m, d)] for task, d in data.items()}
+    first = next(iter(data))
+    few = [m for m in methods() if s.methods == "all" or m.name not in TWINS]
+    allowed = {task: [m for m in (methods() if task == first else few) if takes_part(m, d)] for task, d in data.items()}
     trained = [(len(rates) if m.name in THOROUGH else 1) * settings.seeds for some in allowed.values() for m in some]
     done, total = 0, sum(trained) + len(trained) * len(rates) + 4 * settings.seeds
 
@@ -133,7 +140,6 @@ def run(settings: OptimSettings, run_folder: RunFolder, listen: Listener) -> Pag
         task: compare(data[task], allowed[task], rates, seeds, size, kept[task]) for task in data
     }
     shared = page.shared_configurations(found)
-    first = next(iter(data))
     sections: list[Section] = [goal_section(data, found, shared), page.shared_section(found, shared)]
     sections += [page.task_section(task, data[task], found[task], settings.first, run_folder) for task in data]
     sections.append(
