@@ -150,6 +150,8 @@ def test_certified_pixels_refuse():
         certified_pixels(nn.Conv2d(1, 2, 1), image, 0.1, 1.0, output_error=-1.0)
     with pytest.raises(SettingsError, match="gains are not negative"):
         certified_pixels(nn.Conv2d(1, 2, 1), image, 0.1, -torch.ones(2, 8, 8))
+    with pytest.raises(ShapeError, match="one for each output"):
+        certified_pixels(nn.Conv2d(1, 8, 1), image, 0.1, torch.ones(8))
     part = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
     part[1].train()
     with pytest.raises(SettingsError, match="training mode"):

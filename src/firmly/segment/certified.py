@@ -81,6 +81,8 @@ def certified_pixels(
     if isinstance(bound, Tensor):
         if not bool((bound >= 0).all()):
             raise SettingsError("gains are not negative, given some that are, or NaN")
+        if bound.dim() and bound.shape not in (output.shape[1:], output.shape):  # (classes,) would fit the last axis
+            raise ShapeError(f"gains are one for each output, {tuple(output.shape[1:])}, given {tuple(bound.shape)}")
         gains = bound.to(output).expand_as(output)
         allowed = radius * (gains + gains.gather(1, prediction[:, None])) * (1 + 1e-14)
     else:
