@@ -20,8 +20,9 @@ class ArmijoSearch(Optimizer):
 
     `step(closure)`: `closure()` returns the loss of one and the same batch, without randomness, and calls no backward;
     gradients are taken here. `forwards` counts the calls. After `trials` of them the parameters stay, and the next
-    search starts from the last eta. The rate in use is each group's "lr". Source: S. Vaswani, A. Mishkin, I. Laradji,
-    M. Schmidt, G. Gidel, S. Lacoste-Julien, Painless stochastic gradient, NeurIPS 2019.
+    search starts from the last eta. All groups share one rate, the "lr" of each, at first that of the first.
+    Source: S. Vaswani, A. Mishkin, I. Laradji, M. Schmidt, G. Gidel, S. Lacoste-Julien, Painless stochastic gradient,
+    NeurIPS 2019.
     """
 
     def __init__(

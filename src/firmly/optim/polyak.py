@@ -19,7 +19,8 @@ class PolyakStep(Optimizer):
     """p -= eta g, eta = min((loss - floor) / (c |g|^2), growth^(1 / batches) eta of the step before), from `lr`.
 
     `floor` is the least value of the loss of a batch, zero for models that can fit every one; `batches` of an epoch.
-    The rate in use is each group's "lr". Raises `SettingsError`, `DataError` for a loss below `floor` or not finite.
+    All groups share one rate, the "lr" of each, at first that of the first. Raises `SettingsError`, `DataError` for a
+    loss below `floor` or not finite.
     Source: N. Loizou, S. Vaswani, I. Laradji, S. Lacoste-Julien, Stochastic Polyak step-size for SGD, AISTATS 2021
     (SPS_max with smoothing; c = 1/2, growth 2).
     """
