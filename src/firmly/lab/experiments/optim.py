@@ -57,18 +57,18 @@ class OptimSettings:
     """
 
     task: tuple[Task, ...] = ("digits", "permuted", "elec2")
-    methods: Literal["all", "few"] = "all"
-    rates: int = 9
+    methods: Literal["all", "few"] = "few"
+    rates: int = 6
     lowest: float = 1e-4
     highest: float = 10.0
-    seeds: int = 5
+    seeds: int = 3
     hidden: int = 32
     batch: int = 16
-    epochs: int = 8
+    epochs: int = 5
     train: int = 1000
     test: int = 2000
     pictures: Pictures = "digits"
-    length: int = 8000
+    length: int = 5000
     parts: int = 5
     first: float = 0.2
     window: int = 8
@@ -179,8 +179,9 @@ SMOKE = OptimSettings(
     rates=2, seeds=1, hidden=8, epochs=1, train=100, test=50, length=320, parts=3, first=0.3, window=2, lowest=1e-2
 )
 FULL = OptimSettings(
-    ("mnist", "fashion", "rotating", "permuted", "elec2"), 11, hidden=128, batch=64, train=20_000,
-    test=10_000, pictures="mnist", length=40_000, parts=8, first=0.1,
+    ("mnist", "fashion", "chunked-fashion", "incremental-mnist", "rotating", "permuted", "elec2", "covtype"), "all", 11,
+    seeds=5, hidden=128, batch=64, epochs=8, train=20_000, test=10_000, pictures="mnist", length=40_000, parts=8,
+    first=0.1,
 )  # fmt: skip
 STUDY = Study(
     "optim", "Optimisers", {"smoke": SMOKE, "default": OptimSettings(), "full": FULL},
