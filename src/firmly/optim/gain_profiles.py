@@ -115,7 +115,7 @@ class MatrixGain:
 
     def trace(self) -> float:
         """Of F."""
-        return float(self.factor.square().sum())
+        return float(torch.linalg.vector_norm(self.factor)) ** 2
 
     def direction(self, phi: Tensor) -> Tensor:
         """F phi, for phi (..., n)."""
@@ -135,10 +135,12 @@ class MatrixGain:
         if size and math.isfinite(ratio):
             total = ratio + others + size
             scale = total + math.sqrt((ratio + others) * total)
-            self.factor = self.factor - torch.outer(self.factor @ f, f) / scale
+            self.factor.addr_(self.factor @ f, f, alpha=-1 / scale)
         # forgetting may be undone, but an update is never: keep <= 1
         keep = min(1.0, max(keep or 0.0, self.trace() / limit))
-        self.factor, self.t = self.factor / math.sqrt(keep), self.t + 1
+        if keep < 1:
+            self.factor.mul_(1 / math.sqrt(keep))
+        self.t += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The factor, the step and the ceiling; the profile is made anew."""
