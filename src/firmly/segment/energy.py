@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from firmly.certificates.signal import Signal, Tracer, handles
-from firmly.errors import NotConverged, ShapeError
+from firmly.errors import ShapeError
 from firmly.fixedpoint.equilibrium import _errors as open_errors
 from firmly.once_differentiable import once_differentiable
-from firmly.prox.prior import Slope, largest, over_entries, positive, smallest, sum_over_sample
+from firmly.prox.prior import Slope, largest, positive, smallest, sum_over_sample
 from firmly.segment.dual_ascent import Minimum, ascend
 from firmly.segment.grid import checked_coupling, checked_scores, differences, edge_bounds
-from firmly.segment.regions import region_means, regions
-
-BACKWARD_TOL = 1e-10  # relative residual of the reduced system
+from firmly.segment.reduced_system import flat_edges, projected
 
 
 class EntropicTV(nn.Module):
@@ -143,52 +141,3 @@ class _Minimiser(torch.autograd.Function):
         of_bounds = -(signs * differences(u)).sum_to_size(bounds.shape)
         of_tau = -(u * x.clamp(min=torch.finfo(x.dtype).tiny).log()).sum()
         return u, of_bounds, of_tau, None
-
-
-def flat_edges(x: Tensor, dual: Tensor, bounds: Tensor, tau: Tensor) -> Tensor:
-    """Where x* is equal on both sides of an edge: the dual stays inside its bounds after another step."""
-    jumps = differences(x)
-    following = dual + (2 * tau / (4 * (x.dim() - 2))) * jumps
-    return (bounds > 0) & ((following.abs() <= bounds) | (jumps.abs() <= 1e-10))
-
-
-def projected(v: Tensor, x: Tensor, flat: Tensor, tau: Tensor) -> Tensor:
-    """u = argmin 1/2 u' diag(tau / x) u - <v, u> over u with sum_k u_ik = 0 that are equal across flat edges.
-
-    With mu the multiplier of the sums and Pi_k the mean over the flat regions of class k, u_k = x_k Pi_k (v_k - mu) /
-    tau, so that (sum_k x_k Pi_k) mu = sum_k x_k Pi_k v_k. That map is symmetric with eigenvalues in [0, 1], and the
-    identity at zero coupling: conjugate gradients.
-    """
-    label, count = regions(flat, x.dim() - 2)
-    size = 1 / region_means(1 / x, label, count)  # x itself, where it is equal on the region
-
-    def spread(w: Tensor) -> Tensor:
-        return size * region_means(w.expand_as(x), label, count)
-
-    source = spread(v)
-    right = source.sum(1, keepdim=True)
-    mu, left = torch.zeros_like(right), right
-    direction, power = left, sum_over_sample(left.square())
-    target = BACKWARD_TOL**2 * power
-    for _ in range(10 * math.prod(x.shape[2:]) + 100):
-        if bool((power <= target).all()):
-            break
-        image = spread(direction).sum(1, keepdim=True)
-        curvature = sum_over_sample(direction * image)
-        length = torch.where(power > target, power / torch.where(curvature > 0, curvature, 1), 0)
-        mu = mu + over_entries(length, mu) * direction
-        left = left - over_entries(length, left) * image
-        now = sum_over_sample(left.square())
-        direction = (
-            left + over_entries(torch.where(power > 0, now / torch.where(power > 0, power, 1), 0), left) * direction
-        )
-        power = now
-    u = source - spread(mu)
-    measured = sum_over_sample(u.sum(1).square()).sqrt()  # not that of the recursion
-    allowed = 1e-8 * sum_over_sample(right.square()).sqrt() + 1e-14 * sum_over_sample(source.square()).sqrt()
-    if not bool((measured <= allowed).all()):
-        raise NotConverged(
-            f"the gradient of the energy's minimiser has a residual of {float(measured.max()):.3g}, allowed "
-            f"{float(allowed.min()):.3g}: the flat regions were not identified; lower `accuracy`"
-        )
-    return u / tau
