@@ -11,7 +11,7 @@ from firmly.lab.experiments.segment_cells import Cell, Group, by_method, choice,
 from firmly.lab.experiments.segment_models import MODELS
 from firmly.lab.experiments.segment_pictures import certified, section
 from firmly.lab.experiments.segment_problems import Problem
-from firmly.lab.experiments.segment_training import CLEAN_ALONE, CROSS_ENTROPY, METHODS, Task
+from firmly.lab.experiments.segment_training import CROSS_ENTROPY, METHODS, Task
 from firmly.lab.page import Page, Section, Table
 from firmly.lab.run_folder import RunFolder
 from firmly.lab.study import Listener
@@ -106,10 +106,9 @@ def differences(some: Sequence[Cell], others: Sequence[Cell]) -> list[float]:
 def advice(cells: Sequence[Cell], model: str, noise: str, rate: float) -> Advice:
     here = [c for c in cells if (c.model, c.noise, c.rate) == (model, noise, rate)]
     clean = [c for c in cells if (c.model, c.noise) == (model, "none")]
-    alone = [] if noise == "none" else [c for c in clean if c.method == CLEAN_ALONE.name]
     plain, best, blind, clean_plain, clean_best = [], [], [], [], []
     for seed in sorted({c.seed for c in here}):
-        found = [c for c in (*here, *alone) if c.seed == seed]
+        found = [c for c in here if c.seed == seed]
         plain.append(next(c for c in found if c.method == CROSS_ENTROPY.name))
         best.append(choice(found))
         blind.append(choice([c for c in found if not METHODS[c.method].learns]))
@@ -222,8 +221,9 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         "looks at the clean slices, a convex model learns what is right where it says what it says, and corrects the "
         "labels for a training from the start; the ridge and kappa come from firmly.bilevel, once for both halves. "
         "The coupling of total variation comes from firmly.bilevel, too, on the half that does not judge, for the "
-        "scores of plain cross-entropy. 'sup-CVaR' is the wrong sense for wrong labels, and never chosen. All networks "
-        "learn for the same number of batches. Networks are certified where a bound is of use; that the labels are "
-        "right is certified nowhere."
+        "scores of plain cross-entropy. 'sup-CVaR' is the wrong sense for wrong labels, and never chosen; nor are "
+        "networks that were trained on clean slices ('then clean slices', 'clean slices alone'): the slices that judge "
+        "them are neighbours. All networks learn for the same number of batches. Networks are certified where a bound "
+        "is of use; that the labels are right is certified nowhere."
         + (" Of SVM-TV, 'cross-entropy' is the hinge loss." if "SVM-TV" in settings.models else "")
     )

@@ -96,7 +96,7 @@ class Task:
     def energies(self) -> list[Energy]:
         """For each half of the clean slices the energy that suits the scores of the plain network there."""
         if not self.model.coupled:
-            return [Energy(0.0, 0.0)] * HALVES
+            return [Energy(0.0, 1.0)] * HALVES
         return [tuned_energy(self.model, self.plain, self.half(fold)) for fold in range(HALVES)]
 
 
@@ -230,7 +230,7 @@ METHODS = {
     method.name: method
     for method in (
         CROSS_ENTROPY,
-        Method("label correction", corrected, (0.1, 0.3)),
+        Method("label correction", corrected, (0.1,)),
         Method("PENCIL-prox", pencil, (0.3,), probabilistic=True),
         Method("GCE", generalised, (0.7,), probabilistic=True),
         Method("SCE", symmetric, (0.1,), probabilistic=True),
