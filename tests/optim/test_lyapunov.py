@@ -49,6 +49,21 @@ def test_it_falls_for_all_slopes_in_the_interval(gain, decay):
     assert (V[1:] <= V[:-1] * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("gain", GAINS[:2], ids=str)
+def test_decay_in_the_gradient_counts_like_the_gradient_of_its_square(gain):
+    histories = []
+    for by_option in (True, False):
+        x = nn.Parameter(torch.linspace(-3, 4, 6, dtype=torch.float64))
+        decay = {"weight_decay": 0.5, "decoupled": False} if by_option else {}
+        optimiser = Dag([x], 0.5 * gain.sector_limit(), gain.zeros, gain.poles, **decay)
+        monitor = LyapunovMonitor(optimiser, window=1)
+        for _ in range(5):
+            x.grad = x.detach().sin() + (0 if by_option else 0.5 * x.detach())
+            optimiser.step()
+        histories.append(monitor.history)
+    assert histories[0] == pytest.approx(histories[1], rel=1e-12)
+
+
 def test_it_falls_for_groups_with_different_filters_and_rates():
     x, y = (nn.Parameter(torch.linspace(-3, 4, 3, dtype=torch.float64)) for _ in range(2))
     first, second = GAINS[1], GAINS[5]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from firmly.errors import ConditionError, NotCertifiable, SettingsError
-from firmly.optim import AdaptationGain, Dag, certified_rate, presets, verified
+from firmly.optim import AdaptationGain, Dag, Rate, certified_rate, presets, verified
+from firmly.optim.rate import _storage
 
 
 def tuned(name, kappa):
@@ -58,6 +59,17 @@ def test_a_smaller_constant_is_not_verified():
     for constant in (0.999 * rate.constant, 1.0, 0.0, -rate.constant, math.inf):
         assert not verified(rate._replace(constant=constant), gain, 0.5, 0.1, 1)
     assert verified(rate._replace(constant=2 * rate.constant), gain, 0.5, 0.1, 1)
+
+
+def test_a_weight_above_the_square_of_the_rate_is_not_verified():
+    """The matrix inequality has a solution there, but the constraint that it uses holds up to rho^2 only."""
+    gain = presets.nesterov(0.5).gain
+    rho = certified_rate(gain, 1.3, 0.1, 1).rho + 0.01
+    storage = _storage(gain, 1.3, 0.1, rho, rho**2 + 0.03)
+    spectrum = np.linalg.eigvalsh(storage)
+    assert spectrum[0] > 0
+    rate = Rate(rho, rho**2 + 0.03, storage, 1.01 * math.sqrt(spectrum[-1] / spectrum[0]))
+    assert not verified(rate, gain, 1.3, 0.1, 1)
 
 
 def test_heavy_ball_has_no_rate_at_large_condition_numbers():

@@ -107,6 +107,17 @@ def test_constant_trace(profile):
         assert gain.trace() == pytest.approx(6, rel=1e-12)
 
 
+def test_other_blocks_count_as_noise():
+    """F+ = (F - F phi phi' F / (1 + others + phi' F phi)) / keep."""
+    A = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    F, phi = A @ A.mT, torch.tensor([1.0, -2, 0.5, 3], dtype=torch.float64)
+    F = (F + F.mT) / 2
+    gain = MatrixGain(F, Forgetting(0.9), ceiling=1e9)
+    gain.update(phi, others=7.0)
+    expected = (F - torch.outer(F @ phi, F @ phi) / (8 + phi @ F @ phi)) / 0.9
+    torch.testing.assert_close(gain.matrix, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_profiles():
     assert [VariableForgetting(0.95, 0.9).weights(t).keep for t in (0, 1, 2)] == pytest.approx([0.95, 0.955, 0.9595])
     late = ConstantTrace(decreasing=2)

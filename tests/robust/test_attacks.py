@@ -9,6 +9,7 @@ from torch import nn
 
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.robust import DAG, PGD, AlmaProx, MinimalPGD, logit_lead, logit_ratio, margin_loss, plain_loss, segpgd_loss
+from firmly.robust.attacked_model import AttackedModel, Record
 
 
 class Channels(nn.Module):
@@ -32,6 +33,17 @@ def batch(classes, size=12, images=2, seed=0):
     leads = [(top[i, 0] - top[i, 1])[labels[i] != 255].sort().values / 2 for i in range(images)]
     least = torch.stack([lead[math.ceil(0.99 * len(lead)) - 1] for lead in leads])
     return x, labels, least
+
+
+def test_of_successes_that_of_least_norm_is_kept():
+    x, labels, _ = batch(2, images=1)
+    under = AttackedModel(Channels(), x, labels, AlmaProx())
+    record, every = Record(under, math.inf), labels != 255
+    for size, norm, success in ((0.3, 0.3, False), (0.2, 0.2, True), (0.1, 0.1, True), (0.15, 0.1, True)):
+        record.meet(x + size, every if success else every & (torch.rand(labels.shape) < 0.5))
+        assert float(record.norm) == pytest.approx(norm) and bool(record.success) == success
+    record.meet(x + 0.01, torch.zeros_like(every))  # a failure, however small
+    assert float(record.norm) == pytest.approx(0.1) and float(record.apsr) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])

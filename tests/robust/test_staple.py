@@ -89,6 +89,14 @@ def test_people_with_habits():
     assert (found.labels != labels).double().mean() < min(one.rate for one in errors) + 1e-12
 
 
+@pytest.mark.parametrize("pseudocount", [5.0, 30.0])
+def test_the_penalised_likelihood_never_falls(pseudocount):
+    """Of few pixels the penalty is most of it: the likelihood alone falls at once."""
+    said = torch.randint(0, 3, (1, 4, 6, 6), generator=torch.Generator().manual_seed(0))
+    history = staple(said, 3, pseudocount=pseudocount).log_likelihood
+    assert len(history) > 10 and history == tuple(sorted(history))
+
+
 def test_refusals():
     _, said, _ = simulated((4, 5))
     with pytest.raises(ShapeError, match="annotator"):
