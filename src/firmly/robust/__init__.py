@@ -1,4 +1,7 @@
-"""Training from uncertain labels: risks over ambiguity sets, label-noise models and losses."""
+"""Training from uncertain labels: risks over ambiguity sets, label-noise models and losses.
+
+The estimator for scikit-learn is in `firmly.robust.wasserstein_classifier`.
+"""
 
 from firmly.robust.adele import (
     Adele,
@@ -29,6 +32,7 @@ from firmly.robust.label_quality import LabelErrors, image_quality, label_errors
 from firmly.robust.label_smoothing import smoothed_labels
 from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
+from firmly.robust.linear_wasserstein import RobustLogistic, wasserstein_logistic
 from firmly.robust.linf_prox import linf_prox
 from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import (
@@ -92,6 +96,7 @@ __all__ = [
     "PGD",
     "Precision",
     "RegionFlips",
+    "RobustLogistic",
     "RobustnessCurves",
     "Seen",
     "SegmentationAttack",
@@ -154,5 +159,6 @@ __all__ = [
     "transition_from_anchors",
     "transition_from_clean",
     "tree_cost",
+    "wasserstein_logistic",
     "worst_case",
 ]
