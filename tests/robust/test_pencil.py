@@ -115,6 +115,16 @@ def test_proximal_steps_end_at_the_closed_form_and_with_a_prior_at_smoother_maps
         assert objective(smooth + 1e-2 * randn(*smooth.shape, seed=seed)) > best
 
 
+def test_on_void_labels_follow_predictions_alone():
+    p, labels = randn(1, 3, 4, 4).softmax(1), torch.full((1, 4, 4), 255)
+    labels[0, :2] = 1
+    states = label_logits(labels, 3, strength=1.0).double()
+    for _ in range(400):
+        states = smooth_label_step(states, p, labels, Zero(), kappa=0.5, step_size=2.5)
+    assert float((states.softmax(1) - label_step(p, labels, 0.5)).abs().max()) < 1e-6
+    assert float((states.softmax(1) - p)[:, :, 2:].abs().max()) < 1e-6
+
+
 VIEWS = [
     View(corner, extent, size, flips)
     for corner, extent in (((0, 0), (12, 16)), ((2, 3), (8, 10)))
