@@ -167,7 +167,7 @@ def early(weight: float, task: Task, fold: int) -> Objective:
         (one,) = now
         store.update(one.images, one.scores.detach().softmax(1), one.views)
         average = store.average(one.images, one.views).to(one.scores)
-        return one.mean(one.losses + early_learning(one.scores, average, weight)[:, None])
+        return one.mean(one.losses + early_learning(one.scores, average, weight * one.grown)[:, None])
 
     return objective
 
