@@ -19,7 +19,7 @@ from firmly.lab.settings import require
 from firmly.lab.study import Listener, Study
 
 NOISES = ("dilation", "erosion", "jitter", "missing", "merged", "confusion", "regions")
-SHORT = "label correction,GCE,then clean slices,cleaned labels,clean slices alone"
+SHORT = "label correction,GCE,cleaned labels,clean slices alone"
 
 
 @dataclass(frozen=True)
