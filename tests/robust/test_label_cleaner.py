@@ -186,6 +186,18 @@ def test_bad_input_is_refused():
         clean_labels(given, Seen(*(part[:1] for part in clean)))
     with pytest.raises(DataError, match="between 0 and 2"):
         clean_labels(given, clean._replace(labels=clean.labels + 2))
+    with pytest.raises(DataError, match="no pixel"):
+        clean_labels(given, clean._replace(labels=torch.full_like(clean.labels, 255)))
+    with pytest.raises(SettingsError, match="row"):
+        clean_labels(given, clean, rows=0)
     for folds in ([[0, 1, 2, 3]], [[]], [[0, 0]], [[9]], []):
         with pytest.raises(SettingsError):
             clean_labels(given, clean, folds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    given, clean, _ = study(dilated)
+    here = clean_labels(given, clean, max_solves=1).laws
+    there = clean_labels(*(Seen(*(part.cuda() for part in seen)) for seen in (given, clean)), max_solves=1).laws
+    torch.testing.assert_close(there.cpu(), here)

@@ -120,18 +120,22 @@ def clean_labels(
             raise ShapeError(f"scores {tuple(seen.scores.shape)} do not fit labels {tuple(seen.labels.shape)}")
         valid_labels(seen.labels, classes, void)
     parts = checked_folds(folds, len(clean.labels))
+    if rows < 1:
+        raise SettingsError(f"a regression sees at least one row, given {rows}")
     of_given, of_clean = (cleaner_features(seen.images, seen.scores).movedim(1, -1) for seen in (given, clean))
     generator = torch.Generator().manual_seed(0)
 
     def some(features: Tensor, labels: Tensor) -> Pixels:
         every = labels.flatten()
-        kept = (
-            torch.arange(len(every)) if rows >= len(every) else torch.randperm(len(every), generator=generator)[:rows]
-        )
-        return Pixels(features.flatten(0, -2)[kept.to(every.device)], every[kept.to(every.device)])
+        if rows >= len(every):
+            return Pixels(features.flatten(0, -2), every)
+        kept = torch.randperm(len(every), generator=generator)[:rows].to(every.device)
+        return Pixels(features.flatten(0, -2)[kept], every[kept])
 
     def right(part: Sequence[int]) -> Pixels:
         known = clean.labels[part] != void
+        if not bool(known.any()):
+            raise DataError(f"no pixel of the clean images {list(part)} has a label")
         return some(of_clean[part][known], clean.labels[part][known])
 
     learned = some(of_given, given.labels)
@@ -154,7 +158,8 @@ def clean_labels(
         losses = []
         for pixels, others, learner in zip(known, held_out, solution[1::2], strict=True):
             laws = Cleaner(learner, *moments(pixels.features)).laws(others.features)
-            losses.append(-laws.gather(1, others.labels[:, None]).log().mean())
+            right_ones = laws.gather(1, others.labels[:, None].long())
+            losses.append(-right_ones.clamp(min=torch.finfo(laws.dtype).tiny).log().mean())
         return torch.stack(losses).mean()
 
     first = tuple(torch.tensor(v, dtype=torch.float64, device=given.labels.device) for v in FIRST)
