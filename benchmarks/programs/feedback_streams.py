@@ -22,7 +22,7 @@ def learner(method: str, rate: float) -> StreamLearner:
     net = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     loss = nn.functional.cross_entropy
     if method.startswith("hybrid"):
-        return StreamLearner.hybrid(net, loss, rate, WINDOW, threshold=0.5 if method.endswith("events") else 0.0)
+        return StreamLearner.hybrid(net, loss, rate, threshold=0.5 if method.endswith("events") else 0.0)
     optimizer = Adam(net.parameters(), rate) if method == "adam" else SGD(net.parameters(), rate)
     feedback = Feedback(optimizer, ceiling=1.0) if "feedback" in method else None
     change = PageHinkley() if method.endswith("alarms") else None

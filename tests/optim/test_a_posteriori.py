@@ -230,3 +230,61 @@ def test_refusals():
     assert torch.equal(p[0].detach(), torch.zeros(2))
     with pytest.raises(ConditionError, match="backward"):
         gauss_newton_curvature(nn.Linear(2, 2), torch.ones(1, 2), torch.sum)
+
+
+@pytest.mark.parametrize("gain", GAINS, ids=repr)
+def test_a_diagonal_gain_is_an_implicit_step_with_a_matrix(gain):
+    """One observation at a time: the regression with F = rate diag(1 / sqrt(mean g^2)), whatever F does meanwhile."""
+    p, rate, memory = nn.Parameter(torch.zeros(5, dtype=torch.float64)), 0.7, 8.0
+    ours, theirs = APosteriori([p], rate, gain, memory=memory), ImplicitStep(torch.zeros(5).double(), gain)
+    gradients = []
+    for x, y in zip(X, Y, strict=True):
+        loss = (y - x @ p).square() / 2
+        ours.zero_grad()
+        loss.backward()
+        gradients.append(p.grad.clone())
+        weights = [(1 - 1 / memory) ** k for k in reversed(range(len(gradients)))]
+        mean = sum(w * g.square() for w, g in zip(weights, gradients, strict=True)) / sum(weights)
+        prior = theirs.update(x, y, torch.diag(rate / mean.sqrt())).prior
+        torch.testing.assert_close((y - x @ p).detach(), prior, rtol=0, atol=1e-6)
+        ours.step(loss=loss)
+
+
+def test_a_diagonal_gain_is_kept_saved_and_refused():
+    def start(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
+        return net, APosteriori(net.parameters(), 0.1, presets.nesterov(0.5).gain, memory=20.0)
+
+    def learn(net, o, x, y):
+        loss = (net(x.float()).squeeze(-1) - y.float()).square().mean()
+        o.zero_grad()
+        loss.backward()
+        o.step(loss=loss)
+        return float(loss.detach())
+
+    (net, o), (other, resumed) = start(0), start(1)
+    losses = [learn(net, o, X, Y) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(o.state_dict()))
+    for _ in range(3):
+        assert learn(net, o, X, Y) == learn(other, resumed, X, Y)
+    with pytest.raises(ConditionError, match="along the gradient"):
+        o.step(curvature=1.0)
+    for bad in (0.5, math.inf, math.nan):
+        with pytest.raises(SettingsError, match="memory"):
+            APosteriori(net.parameters(), memory=bad)
+    z = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    z.grad = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(ConditionError, match="real"):
+        APosteriori([z], memory=10.0).step(loss=1.0)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    for memory in (None, 10.0):
+        p = nn.Parameter(torch.ones(2))
+        p.grad = torch.tensor([1.0, math.inf])
+        with pytest.raises(DataError, match="gradient"):
+            APosteriori([p], memory=memory).step(loss=1.0)
+        assert torch.equal(p.detach(), torch.ones(2))

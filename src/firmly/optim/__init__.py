@@ -3,6 +3,7 @@
 from firmly.optim import gain_profiles, presets
 from firmly.optim.a_posteriori import APosteriori, gauss_newton_curvature
 from firmly.optim.adaptation_gain import AdaptationGain, Response
+from firmly.optim.balance import Balance
 from firmly.optim.block_kalman import BlockKalman
 from firmly.optim.change_detection import PageHinkley
 from firmly.optim.dag import Dag
@@ -22,6 +23,7 @@ __all__ = [
     "APosteriori",
     "AdaptationGain",
     "ArmijoSearch",
+    "Balance",
     "BlockKalman",
     "Dag",
     "EventPasses",

@@ -20,26 +20,29 @@ from firmly.optim.adaptation_gain import AdaptationGain
 from firmly.optim.dag import Dag
 from firmly.replaced_tensors import call_with
 
+TINY = 1e-8  # a gradient below it counts as none in the diagonal gain
+
 
 class APosteriori(Optimizer):
-    """v = -f g / (1 + f kappa), through the dynamic adaptation gain H: explicit to compute, implicit in effect.
+    """v = -f F g / (1 + f kappa), through the dynamic adaptation gain H: explicit to compute, implicit in effect.
 
-    kappa is the curvature of the loss along its gradient g, so that the step is the one whose error is measured *after*
-    it, to first order in the outputs. There are two ways to it:
+    kappa is the curvature of the loss along the step, so that it is the step whose error is measured *after* it, to
+    first order in the outputs. F is 1, or with `memory` the diagonal matrix of 1 / sqrt(mean g^2), with the mean over
+    about that many steps, this one among them. There are two ways to kappa:
 
-        step(loss=loss)             kappa = |g|^2 / (2 (loss - floor)), at no cost: the loss is half the square of a
-                                    residual. f -> infinity gives Polyak's step 2 (loss - floor) / |g|^2.
+        step(loss=loss)             kappa = g' F g / (2 (loss - floor)), at no cost: the loss is half the square of a
+                                    residual. f -> infinity gives Polyak's step 2 (loss - floor) / (g' F g).
         step(curvature=kappa)       kappa = g' J' (d2 loss / d outputs2) J g / |g|^2 from `gauss_newton_curvature`, one
-                                    forward-mode pass; every few batches is often enough.
+                                    forward-mode pass; every few batches is often enough. For F = 1 alone.
 
     `lr` is f, and may differ between groups with `loss`. `leakage` shrinks the parameters by that fraction per step.
     The parameters are those extrapolated by the filter, where the gradient belongs; p.grad is scaled in place.
 
     For a linear regression, one observation at a time with the loss (y - phi' theta)^2 / 2, both are `ImplicitStep`:
-    stable for every f > 0 if `gain.pr()`. For a network that is the idea and no theorem. Raises `SettingsError`,
-    `DataError` for a loss below `floor`, a loss or curvature that is not finite, `ConditionError` where a step gets
-    neither. Source: Landau, Airimitoaie, Vau, Buche, arXiv 2404.12672 (regression); for networks derived in the
-    docs.
+    stable for every f > 0 if `gain.pr()` and F is constant, which with `memory` it nearly is once its mean has settled.
+    For a network that is the idea and no theorem. Raises `SettingsError`, `DataError` for a loss below `floor`, a loss,
+    gradient or curvature that is not finite, `ConditionError` where a step gets neither. Source: Landau, Airimitoaie,
+    Vau, Buche, arXiv 2404.12672 (regression); for networks derived in the docs.
     """
 
     def __init__(
@@ -49,18 +52,21 @@ class APosteriori(Optimizer):
         gain: AdaptationGain | None = None,
         leakage: float = 0.0,
         floor: float = 0.0,
+        memory: float | None = None,
     ):
         gain = AdaptationGain() if gain is None else gain
         if not 0 <= leakage < 1:
             raise SettingsError(f"a leakage lies in [0, 1), given {leakage!r}")
         if not math.isfinite(floor):
             raise SettingsError(f"floor, the least loss possible, is finite, given {floor!r}")
+        if memory is not None and not 1 <= memory < math.inf:
+            raise SettingsError(f"memory is a number of steps, at least 1, or None, given {memory!r}")
         (c1, c2), (d1, d2) = gain.zeros, gain.poles
         # the path of the extrapolated parameters is that of Dag with these coefficients
         first = 1 - leakage + d1 + c1
         if not first > 0:
             raise SettingsError(f"extrapolation needs 1 - leakage + d1 + c1 > 0, given {gain} and leakage {leakage}")
-        self.gain, self.floor = gain, floor
+        self.gain, self.floor, self.memory = gain, floor, memory
         self._filter: Dag | None = None
         super().__init__(params, {"lr": lr})
         self._filter = Dag(
@@ -82,7 +88,7 @@ class APosteriori(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
-        names = ("gain", "floor", "_filter")
+        names = ("gain", "floor", "memory", "_filter")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
@@ -98,8 +104,10 @@ class APosteriori(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         assert self._filter is not None
-        groups = [(group["lr"], [p.grad for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        groups = [(group["lr"], [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         if curvature is not None:
+            if self.memory is not None:
+                raise ConditionError("a curvature is that along the gradient: with memory, give step(loss=...)")
             if len({float(rate) for rate, _ in groups}) > 1:
                 raise ConditionError("a curvature belongs to one direction: the groups need the same lr")
             curvature = torch.as_tensor(curvature).detach()
@@ -112,15 +120,39 @@ class APosteriori(Optimizer):
                 raise DataError(
                     f"the loss is {float(excess) + self.floor}; it is finite and at least floor, {self.floor}"
                 )
-            energy = torch.stack([rate * squared_norm(gradients).to(excess) for rate, gradients in groups]).sum()
+            energy = torch.stack([rate * self._precondition(params).to(excess) for rate, params in groups]).sum()
+            if not bool(energy.isfinite()):
+                raise DataError("a gradient is not finite, or its square is not: training diverged")
             growth = torch.where(energy > 0, energy / (2 * excess), 0.0)
         else:
             raise ConditionError("an a-posteriori step needs step(loss=...), step(curvature=...) or a closure")
-        for rate, gradients in groups:
-            for g in gradients:
-                g.mul_((rate / (1 + growth)).to(g))
+        for rate, params in groups:
+            for p in params:
+                p.grad.mul_((rate / (1 + growth)).to(p.grad))
         self._filter.step()
         return loss
+
+    def _precondition(self, params: list[Tensor]) -> Tensor:
+        """Puts F g in the place of g and returns g' F g."""
+        gradients = [p.grad for p in params if p.grad is not None]
+        if self.memory is None:
+            return squared_norm(gradients)
+        products = [torch.zeros(())]
+        for p, g in zip(params, gradients, strict=True):
+            if g.is_sparse or g.is_complex():
+                raise ConditionError("a diagonal gain needs dense, real gradients: leave memory away")
+            state, g_wide = self.state[p], wide(g)
+            if not state:
+                state.update(seen=0, squares=torch.zeros_like(g_wide))
+            state["seen"] += 1
+            kept = 1 - 1 / self.memory
+            # at first the mean of what there is, not one that starts from 0
+            weight = 1 / self.memory / (1 - kept ** state["seen"])
+            state["squares"].lerp_(g_wide.square(), weight)
+            direction = g_wide / (state["squares"].sqrt() + TINY)
+            products.append((g_wide * direction).sum())
+            g.copy_(direction)
+        return torch.stack([product.to(products[-1]) for product in products]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """As that of every optimiser, with the memory of the filter."""

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
 from firmly.errors import DataError
-from firmly.optim import APosteriori, BlockKalman, Feedback, LayerRls, presets
+from firmly.optim import APosteriori, BlockKalman, Feedback, LayerRls, PageHinkley, presets
 from firmly.optim.line_search import ArmijoSearch
 from firmly.optim.polyak import PolyakStep
 from firmly.optim.streaming import StreamLearner
@@ -202,7 +202,7 @@ class Streaming:
 
     @property
     def forward(self) -> int:
-        return self.learner.batches
+        return self.learner.forwards
 
     @property
     def backward(self) -> int:
@@ -219,17 +219,22 @@ class Streaming:
     def end_window(self, loss: float) -> None:
         pass
 
-    def predicting(self) -> AbstractContextManager[None]:
-        return torch.no_grad()
+    @contextmanager
+    def predicting(self) -> Iterator[None]:
+        with torch.no_grad(), self.learner.predicting():
+            yield
 
 
 def hybrid(threshold: float) -> Callable[[nn.Module, float, Horizon], StreamLearner]:
-    """The hybrid of `StreamLearner`; base rates above its ceiling are their own ceiling."""
+    return lambda net, rate, horizon: StreamLearner.hybrid(net, cross_entropy, rate, threshold)
 
-    def stream(net: nn.Module, rate: float, horizon: Horizon) -> StreamLearner:
-        return StreamLearner.hybrid(net, cross_entropy, rate, threshold=threshold, ceiling=max(1.0, rate))
 
-    return stream
+def feedback_with_alarms(net: nn.Module, rate: float, horizon: Horizon) -> StreamLearner:
+    """`feedback` that begins again where the loss rises for good."""
+    optimizer = SGD(net.parameters(), rate)
+    return StreamLearner(
+        net, cross_entropy, optimizer, _controller(optimizer), change=PageHinkley(), window=horizon.window
+    )
 
 
 def kalman(params: list[Parameter], lr: float) -> Optimizer:
@@ -264,6 +269,7 @@ def methods() -> list[Method]:
         Method("a posteriori", APosteriori, role="ours"),
         Method("a posteriori, Tustin 0.9", lambda p, lr: APosteriori(p, lr, TUSTIN.gain), role="ours"),
         Method("Feedback, SGD", SGD, feedback, "ours"),
+        Method("Feedback, SGD, alarms", stream=feedback_with_alarms, role="ours"),
         Method("Feedback, held, SGD", SGD, held, "ours"),
         Method("Feedback, SGD, told of drifts", SGD, each_chunk, "ours", drifts=True),
         Method("RLS of layers", role="ours", of_model=lambda net, lr: LayerRls(net, lr)),
