@@ -342,3 +342,26 @@ def test_cuda(name):
     losses = randn(3, 50)
     apart = SETS[name](0.2).risks(losses.cuda()).cpu() - SETS[name](0.2).risks(losses)
     assert float(apart.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["log-normal", "uniform", "tied", "rare", "masses"])
+@pytest.mark.parametrize("radius", [0.01, 1.0, 20.0])
+def test_the_guess_of_many_atoms_does_not_matter(kind, radius, monkeypatch):
+    from firmly.robust import divergences
+
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(20_000, generator=generator, dtype=torch.float64).exp()
+    masses = torch.rand(20_000, generator=generator) if kind == "masses" else None
+    if kind == "uniform":
+        losses = torch.rand(20_000, generator=generator, dtype=torch.float64)
+    elif kind == "tied":
+        losses = losses.clamp(max=4).floor()
+    elif kind == "rare":
+        losses[:-3] = 0
+    plain = worst_case(losses, masses, divergence="chi2", radius=radius)
+    for sample in (50, 1000):  # guesses of all qualities
+        monkeypatch.setattr(divergences, "MANY", 1000)
+        monkeypatch.setattr(divergences, "SAMPLE", sample)
+        found = worst_case(losses, masses, divergence="chi2", radius=radius)
+        assert float(found.risk) == pytest.approx(float(plain.risk), rel=1e-12)
+        torch.testing.assert_close(found.weights, plain.weights, rtol=1e-9, atol=1e-14)

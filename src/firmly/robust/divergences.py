@@ -10,6 +10,7 @@ from firmly.robust.ambiguity import AmbiguitySet
 from firmly.robust.rows import Rows
 
 MAX_ITERATIONS = 200
+MANY, SAMPLE = 1 << 18, 1 << 15  # atoms from which a guess by a sample is worth it, and those of the sample
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -112,23 +113,49 @@ class Chi2(AmbiguitySet):
         if self.size == 0:
             return rows.nominal()
         saturated = (1 + 2 * self.size) * rows.largest() >= 1
-        eta, held = torch.full_like(rows.total, -1.0), rows  # from the smallest loss: no cancellation
-        for iteration in range(MAX_ITERATIONS):
-            part, first, second = excess_moments(held, eta)
-            part = part if iteration else torch.ones_like(part)
-            mean = first / part
-            slack = ((1 + 2 * self.size) * part - 1).clamp(min=TINY)
-            rise = mean - ((second / part - mean**2).clamp(min=0) / slack).sqrt()
-            eta = eta + rise
-            if bool((saturated | (rise <= 1e-15)).all()):
-                break
-            held = held.above(eta)
-        else:
-            raise NotConverged(f"the dual of a chi-square ball of radius {self.size:g} did not settle")
+        eta = self.threshold(rows, saturated, None if bool(saturated.any()) else self.guess(rows))
         if bool(saturated.any()):
             slope = torch.where(saturated, torch.inf, -1 / eta)
             return rows.law(lambda scaled, mass: mass * torch.where(scaled < 0, 1 + slope * scaled, 1).clamp_(min=0))
         return rows.law(lambda scaled, mass: (1 - scaled / eta).clamp_(min=0).mul_(mass))
+
+    def threshold(self, rows: Rows, saturated: Tensor, guess: Tensor | None = None) -> Tensor:
+        """The scaled eta by shrinking active sets, from that of all atoms or of a guess.
+
+        eta solves sum p (l - eta)_+^2 = a (sum p (l - eta)_+)^2. If a guess is too high, the closed form on its active
+        set A is too low as long as a (mass of A) > 1/2: an atom between the two adds p x^2 on the left, and on the
+        right at least 2 a (mass of A) p x^2.
+        """
+        eta = torch.full_like(rows.total, -1.0) if guess is None else guess  # the smallest loss: no cancellation
+        held = rows
+        for iteration in range(MAX_ITERATIONS):
+            part, first, second = excess_moments(held, eta)
+            part = torch.ones_like(part) if iteration == 0 and guess is None else part
+            mean = first / part
+            slack = ((1 + 2 * self.size) * part - 1).clamp(min=TINY)
+            rise = mean - ((second / part - mean**2).clamp(min=0) / slack).sqrt()
+            eta, from_guess = eta + rise, iteration == 0 and guess is not None
+            if from_guess and not bool(((rise >= 0) | (slack > 1e-3)).all()):
+                return self.threshold(rows, saturated)
+            if not from_guess and bool((saturated | (rise <= 1e-15)).all()):
+                return eta
+            held = held.above(eta)
+        raise NotConverged(f"the dual of a chi-square ball of radius {self.size:g} did not settle")
+
+    def guess(self, rows: Rows) -> Tensor | None:
+        """eta of a sample of many atoms; None where they are few, or the sample cannot tell."""
+        if len(rows.losses) > 1 or rows.losses.shape[1] < MANY:
+            return None
+        stride = rows.losses.shape[1] // SAMPLE
+        masses = None if rows.masses is None else rows.masses[:, ::stride]
+        if masses is not None and not bool((masses > 0).any()):
+            return None
+        sample = Rows(rows.losses[:, ::stride], masses)
+        saturated = (1 + 2 * self.size) * sample.largest() >= 1
+        if bool(saturated):
+            return None
+        found = (sample.high + sample.unit * self.threshold(sample, saturated) - rows.high) / rows.unit
+        return found if -1 < float(found) < 0 else None
 
     def curvature(self, losses: Tensor, nominal: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
         held, part, centred, variance = self._active(losses, nominal, weights)

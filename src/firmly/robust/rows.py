@@ -140,7 +140,7 @@ class Rows:
         if len(self.losses) > 1:
             return self
         kept = self.losses >= float(self.high + self.unit * (level - 1e-6))  # a superset, also where this is rounded
-        if 2 * int(kept.sum()) > self.losses.shape[1]:
+        if 4 * int(kept.sum()) > self.losses.shape[1]:
             return self
         fewer = copy(self)
         fewer.losses = self.losses[kept].unsqueeze(0)
