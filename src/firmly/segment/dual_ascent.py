@@ -10,7 +10,7 @@ from torch import Tensor
 
 from firmly.errors import NotConverged
 from firmly.prox.prior import over_entries, sum_over_sample
-from firmly.segment.grid import differences
+from firmly.segment.grid import differences, joined, jumps, less_divergence, split
 
 CHECKED = 10  # iterations between two measurements of the gap
 FIRST_STAGE = 20  # iterations with one metric; every stage is twice as long as the one before
@@ -66,7 +66,7 @@ def ascend(
             done = gap <= allowed
             if bool(done.any()) or iteration + CHECKED > max_iterations:
                 x[running], error[running] = found, (gap / t).sqrt()
-                dual[running] = joined(state.p, dual[running])
+                dual[running] = joined(state.p)
             if bool(done.all()):
                 return Minimum(x, dual, error, iteration)
             if bool(done.any()):
@@ -123,35 +123,11 @@ def of_samples(state: Ascent, kept: Tensor) -> Ascent:
 
 
 def softmax(scores: Tensor, p: list[Tensor], tau: float) -> Tensor:
-    """softmax((scores - D* p) / tau), of duals without the rows that have no neighbour."""
-    z = scores.clone()
-    for axis, part in enumerate(p, start=2):
-        n = z.shape[axis] - 1
-        z.narrow(axis, 0, n).add_(part)
-        z.narrow(axis, 1, n).sub_(part)
-    return z.div_(tau).softmax(1)
-
-
-def jumps(x: Tensor) -> list[Tensor]:
-    """x[i + e_a] - x[i] for each axis a, where there is a neighbour."""
-    return [x.diff(dim=axis) for axis in range(2, x.dim())]
+    """softmax((scores - D* p) / tau)."""
+    return less_divergence(scores, p).div_(tau).softmax(1)
 
 
 def duality_gap(x: Tensor, p: list[Tensor], limits: list[Tensor]) -> Tensor:
     """sum (bounds |D x| - p D x): (batch,)."""
     terms = [sum_over_sample(c * jump.abs() - part * jump) for c, jump, part in zip(limits, jumps(x), p)]
     return torch.stack(terms).sum(0).clamp(min=0)
-
-
-def split(dual: Tensor) -> list[Tensor]:
-    """(batch, classes, axes, *spatial) -> for each axis (batch, classes, *spatial) without its last row."""
-    axes = dual.shape[2]
-    return [dual.select(2, a).narrow(2 + a, 0, dual.shape[3 + a] - 1) for a in range(axes)]
-
-
-def joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The inverse of `split`, with zeros in the last rows."""
-    dual = torch.zeros_like(like)
-    for place, part in zip(split(dual), parts):
-        place.copy_(part)
-    return dual

@@ -22,6 +22,35 @@ def divergence(p: Tensor) -> Tensor:
     return Gradient((p.shape[1], *p.shape[3:])).T(p.flatten(1, 2))
 
 
+def split(p: Tensor) -> list[Tensor]:
+    """(batch, classes, axes, *spatial) -> for each axis the edges (batch, classes, *spatial), without its last row."""
+    return [p.select(2, a).narrow(2 + a, 0, p.shape[3 + a] - 1) for a in range(p.shape[2])]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The inverse of `split`, with zeros in the last rows."""
+    spatial = [part.shape[2 + a] + 1 for a, part in enumerate(parts)]
+    p = parts[0].new_zeros(*parts[0].shape[:2], len(parts), *spatial)
+    for place, part in zip(split(p), parts):
+        place.copy_(part)
+    return p
+
+
+def jumps(x: Tensor) -> list[Tensor]:
+    """`differences` as `split` gives them."""
+    return [x.diff(dim=axis) for axis in range(2, x.dim())]
+
+
+def less_divergence(s: Tensor, p: list[Tensor]) -> Tensor:
+    """s - divergence(p), of edges as `split` gives them."""
+    z = s.clone()
+    for axis, part in enumerate(p, start=2):
+        n = z.shape[axis] - 1
+        z.narrow(axis, 0, n).add_(part)
+        z.narrow(axis, 1, n).sub_(part)
+    return z
+
+
 def contrast_weights(images: Tensor, contrast: float | Tensor, floor: float = 0.0) -> Tensor:
     """w[a, i] = floor + exp(-contrast |I[i + e_a] - I[i]|^2): (batch, channels, *spatial) -> (batch, axes, *spatial).
 

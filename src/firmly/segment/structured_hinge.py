@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from firmly.errors import NotConverged
-from firmly.linear.gradient import Gradient
 from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import over_entries, sum_over_sample
 from firmly.prox.simplex import onto_simplex
-from firmly.segment.grid import both_ends, checked_scores, differences, divergence, edge_bounds
+from firmly.segment.grid import (
+    both_ends,
+    checked_scores,
+    differences,
+    edge_bounds,
+    joined,
+    jumps,
+    less_divergence,
+    split,
+)
 from firmly.segment.labels import IGNORE, targets
 
 
@@ -63,28 +71,46 @@ def best_segmentation(
     Its dual is the minimum over |p| <= bounds of sum_i max_k (s - D* p)_ik. First the best x for p = 0 is tried, which
     is exact at zero coupling. Source: Chambolle and Pock, A first-order primal-dual algorithm, 2011.
     """
-    norm = Gradient(scores.shape[1:]).norm().upper
-    step = 1 / norm if norm > 0 else 1.0
+    size = 1 / math.sqrt(4 * (scores.dim() - 2))  # |D|^2 <= 4 axes
     allowed = accuracy * math.prod(scores.shape[2:])
     if start is None:
         x = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).movedim(-1, 1).to(scores)
-        p = torch.zeros_like(differences(scores))
+        dual = torch.zeros_like(differences(scores))
     else:
-        x, p = start.x, start.dual.clamp(-bounds, bounds)
+        x, dual = start.x, start.dual.clamp(-bounds, bounds)
+    p, limits = split(dual), split(bounds.expand_as(dual))
     gap = scores.new_full((len(scores),), torch.inf)
     for iteration in range(max_iterations + 1):
+        z = less_divergence(scores, p)
         if iteration % 10 == 0:
-            upper = (scores - divergence(p)).amax(1).flatten(1).sum(1)
-            gap = upper - sum_over_sample(scores * x) + sum_over_sample(bounds * differences(x).abs())
+            upper = z.amax(1).flatten(1).sum(1)
+            tv = [sum_over_sample(limit * jump.abs()) for limit, jump in zip(limits, jumps(x))]
+            gap = upper - sum_over_sample(scores * x) + torch.stack(tv).sum(0)
             if bool((gap <= allowed).all()):
-                return Best(x, p, upper, iteration)
-        new = onto_simplex(x + step * (scores - divergence(p)), 1.0, 1)
-        p = (p + step * differences(2 * new - x)).clamp(-bounds, bounds)
+                return Best(x, joined(p), upper, iteration)
+        new = onto_simplices(z.mul_(size).add_(x))
+        ahead = jumps(2 * new - x)
+        p = [(part + size * jump).clamp_(-limit, limit) for part, jump, limit in zip(p, ahead, limits)]
         x = new
     raise NotConverged(
         f"the best segmentation is certified to {float(gap.max()) / math.prod(scores.shape[2:]):.3g} per pixel after "
         f"{max_iterations} iterations, asked for {accuracy:.3g}; allow more max_iterations or a larger accuracy"
     )
+
+
+def onto_simplices(z: Tensor) -> Tensor:
+    """max(z - t, 0) with entries that sum to 1 over the classes, for every pixel.
+
+    The sum is convex and decreasing in t: Newton's method from below ends after at most as many steps as classes, which
+    for a few of them takes half of the time of sorting.
+    """
+    if z.shape[1] > 8:
+        return onto_simplex(z, 1.0, 1)
+    t = z.amax(1, keepdim=True) - 1
+    for _ in range(z.shape[1]):
+        rest = (z - t).clamp_(min=0)
+        t = t + (rest.sum(1, keepdim=True) - 1) / (rest > 0).sum(1, keepdim=True)
+    return (z - t).clamp_(min=0)
 
 
 @once_differentiable
