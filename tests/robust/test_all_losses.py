@@ -27,7 +27,7 @@ def with_average(logits, labels, valid):
 
 
 def of_people(logits, labels, valid):
-    return fr.AnnotatorConfusion(2, logits.shape[1]).to(logits.dtype)(logits, torch.stack([labels, labels], 1))
+    return fr.AnnotatorConfusion(2, logits.shape[1]).to(logits)(logits, torch.stack([labels, labels], 1))
 
 
 LOSSES = {
@@ -49,7 +49,7 @@ LOSSES = {
         fr.co_trained(*[fr.of_labels(fr.cross_entropy(z), y)] * 2, forget=0.1, mask=valid).first
     ),
     "normalised_dice": lambda z, y, valid: fr.normalised_dice(z, y),
-    "TLoss": lambda z, y, valid: fr.TLoss().to(z.dtype)(z, y).sum(),
+    "TLoss": lambda z, y, valid: fr.TLoss().to(z)(z, y).sum(),
     "AnnotatorConfusion": of_people,
 }
 CASES = list(itertools.product((2, 4), ((7,), (4, 5), (2, 3, 4)), (torch.float32, torch.float64)))
@@ -94,3 +94,32 @@ def test_no_public_loss_is_forgotten():
     others = {"margin_loss", "plain_loss", "segpgd_loss", "LabelRisk"}  # of attacks; a result
     public = {name for name in fr.__all__ if name.lower().endswith(("loss", "entropy", "correction", "error", "risk"))}
     assert public - others <= set(LOSSES)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", LOSSES)
+def test_on_the_gpu(name):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (2, 5, 6), generator=generator)
+    labels[:, 0] = 255
+    here = LOSSES[name](logits, labels, labels != 255)
+    there = LOSSES[name](logits.cuda(), labels.cuda(), (labels != 255).cuda())
+    assert there.is_cuda and torch.allclose(here, there.cpu(), rtol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_searches_and_smoothing_on_the_gpu():
+    generator = torch.Generator().manual_seed(0)
+    laws = torch.randn(2, 4, 5, 6, generator=generator).softmax(1)
+    labels = torch.randint(0, 4, (2, 5, 6), generator=generator)
+    for prune in ("both", "class", "noise-rate", "rank", "confusion"):
+        found = fr.label_errors(laws.cuda(), labels.cuda(), prune)
+        assert torch.equal(found.wrong.cpu(), fr.label_errors(laws, labels, prune).wrong)
+    assert torch.allclose(fr.smoothed_labels(labels.cuda(), 4).cpu(), fr.smoothed_labels(labels, 4))
+    adele = fr.Adele(4, started=[True] * 4)
+    assert torch.equal(adele.corrected(laws.cuda(), labels.cuda()).cpu(), adele.corrected(laws, labels))
+    X, y = torch.randn(30, 3, generator=generator).double(), labels.flatten()[:30].clamp(max=1).double() * 2 - 1
+    for norm in ("l1", "l2", "linf"):
+        here, there = (fr.wasserstein_logistic(X.to(d), y.to(d), 0.1, 1.0, norm) for d in ("cpu", "cuda"))
+        assert torch.allclose(here.weight, there.weight.cpu(), atol=1e-6)
