@@ -47,6 +47,8 @@ CASES = [
     case("Dag, second order", of_parameters(Dag, lr=0.05, zeros=(0.2, 0.1), poles=(0.5, 0.2), weight_decay=0.01), *ALL),
     case("APosteriori", of_parameters(APosteriori, lr=0.5, gain=FILTER),
          "loss", "params", "group rates", "reached by schedules"),
+    case("APosteriori, diagonal", of_parameters(APosteriori, lr=0.1, gain=FILTER, memory=20.0),
+         "loss", "params", "group rates", "reached by schedules"),
     case("PolyakStep", of_parameters(PolyakStep, lr=0.1, batches=20), "loss", "params"),
     case("ArmijoSearch", of_parameters(ArmijoSearch, batches=20), "own gradients", "params"),
     case("LayerRls", lambda net, **more: LayerRls(net, **({"lr": 0.5} | more)), "plain step", "reached by schedules"),
@@ -450,6 +452,13 @@ def test_complex_layers_are_refused():
         LayerRls(nn.Linear(3, 2).to(torch.complex128))
 
 
+def test_a_diagonal_gain_is_real():
+    z = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+    z.grad = torch.ones_like(z)
+    with pytest.raises(ConditionError, match="real"):
+        APosteriori([z], memory=10.0).step(loss=1.0)
+
+
 def test_sparse_gradients_beside_layers_are_plain_steps():
     ends = []
     for sparse in (False, True):
@@ -476,7 +485,7 @@ def test_sparse_gradients_are_refused(case):
             loss.backward()
         return loss
 
-    with pytest.raises(ConditionError, match="sparse"):
+    with pytest.raises(ConditionError, match="sparse|dense"):
         optimizer.step(closure)
 
 
