@@ -485,7 +485,7 @@ def test_sparse_gradients_are_refused(case):
             loss.backward()
         return loss
 
-    with pytest.raises(ConditionError, match="sparse|dense"):
+    with pytest.raises(ConditionError, match=r"sparse|dense"):
         optimizer.step(closure)
 
 
