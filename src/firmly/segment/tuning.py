@@ -83,7 +83,7 @@ class Search:
 
     max_solves: int = 25
     accuracy: float = 1e-3
-    pixels: int | None = 10_000
+    pixels: int | None = 5_000
     seed: int = 0
 
 
@@ -110,6 +110,26 @@ def overlap_loss(x: Tensor, labels: Tensor) -> Tensor:
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of scores (pixels, classes), with labels (pixels,) or distributions (pixels, classes)."""
     return nn.functional.cross_entropy(scores, labels)
+
+
+def learned_labels(scores: Tensor, labels: Tensor, kappa: Tensor) -> Tensor:
+    """The mean of min over d of KL(p, d) - kappa log d_y, over log(1 + kappa): PENCIL with the labels d solved for.
+
+    With the label step d = (p + kappa e_y) / (1 + kappa) (`firmly.robust.label_step`) it is a function of p_y alone,
+
+        1 - p_y + (p_y log p_y - (p_y + kappa) log((p_y + kappa) / (1 + kappa))) / log(1 + kappa),
+
+    for class numbers (pixels,): cross-entropy as kappa -> 0 and 1 - p_y as kappa -> infinity, the generalised
+    Jensen-Shannon divergence of p and e_y. Sources: Yi and Wu, Probabilistic end-to-end noise correction for learning
+    with noisy labels, 2019; Englesson and Azizpour, Generalized Jensen-Shannon divergence loss for learning with noisy
+    labels, 2021; that the two are one: docs/theory/segment.
+    """
+    if labels.is_floating_point():
+        raise DataError("labels to be learned are given as class numbers")
+    logarithm = scores.log_softmax(1).gather(1, labels[:, None])
+    p, whole = logarithm.exp(), torch.log1p(kappa)
+    joint = (p + kappa) * ((p + kappa).log() - whole)
+    return (1 - p + (p * logarithm - joint) / whole).mean()
 
 
 def tune_segmenter(
