@@ -155,6 +155,22 @@ def test_state_round_trip(make):
         assert torch.equal(a, b)
 
 
+def test_a_loaded_diagonal_gain_is_not_rounded():
+    found = []
+    for loads in (False, True):
+        p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        o = APosteriori([p], 0.1, memory=10.0)
+        for step in range(6):
+            if loads and step == 3:
+                state = copy.deepcopy(o.state_dict())
+                o = APosteriori([p], 0.1, memory=10.0)
+                o.load_state_dict(state)
+            p.grad = (step + 1) / 3 * torch.tensor([0.1, 1, 3], dtype=torch.bfloat16)
+            o.step(loss=1.0)
+        found.append(o.state[p]["squares"])
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+
+
 @pytest.mark.parametrize("profile", [Decreasing(), Forgetting(0.9)])
 def test_kalman_is_recursive_least_squares(profile):
     p = nn.Parameter(torch.zeros(5, dtype=torch.float64))

@@ -12,6 +12,7 @@ from torch import nn
 from firmly.errors import DataError, SettingsError
 from firmly.optim import (
     APosteriori,
+    Balance,
     BlockKalman,
     Feedback,
     LayerRls,
@@ -65,9 +66,12 @@ def rotating(count, turn_at=None):
         yield x[t], (x[t] @ direction > 0).long()
 
 
-def learner(**options):
+def learner(scale=1.0, **options):
     torch.manual_seed(0)
-    return StreamLearner.hybrid(nn.Linear(4, 2), nn.functional.cross_entropy, **options)
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    return StreamLearner.hybrid(model, nn.functional.cross_entropy, **options)
 
 
 def by_feedback(window=25):
@@ -176,6 +180,30 @@ def test_state_round_trip():
     ours, theirs = first.state_dict(), second.state_dict()
     averages = [state["feedback"].pop("average") for state in (ours, theirs)]
     assert ours == theirs and all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
+
+
+def test_a_state_brings_the_range_of_rates_that_the_first_weights_set():
+    first, larger = learner(), learner(scale=3.0)
+    data = list(rotating(60, turn_at=30))
+    for x, y in data[:30]:
+        first.learn(x, y)
+    larger.model.load_state_dict(first.model.state_dict())
+    larger.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    larger.load_state_dict(first.state_dict())
+    for x, y in data[30:]:
+        assert torch.equal(first.learn(x, y).outputs, larger.learn(x, y).outputs)
+
+
+def test_nothing_is_learned_from_a_loss_that_is_not_finite_while_the_average_predicts():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    balance = Balance(optimizer, 0.01, 1.0)
+    stream = StreamLearner(model, nn.functional.mse_loss, optimizer, balance)
+    with torch.no_grad():
+        model.weight.fill_(math.inf)
+    with pytest.raises(DataError):
+        stream.learn(torch.ones(3, 2), torch.zeros(3, 1))
+    assert not balance.leads and stream.backwards == 0 and not bool(model.weight.isnan().any())
 
 
 def test_optimisers_that_take_the_loss_get_it():

@@ -163,6 +163,11 @@ class APosteriori(Optimizer):
         """Continues where `state_dict` was taken."""
         assert self._filter is not None
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "filter"})
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            if (squares := state_dict["state"].get(i, {}).get("squares")) is not None:  # PyTorch rounds them like p
+                self.state[p]["squares"] = squares.to(p.device, copy=True)
         self._filter.load_state_dict(state_dict["filter"])
 
 

@@ -126,12 +126,13 @@ class Balance:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimiser, whose own state_dict is saved beside it."""
-        names = ("rate", "steps", "climbs", "lead")
+        names = ("rate", "lowest", "highest", "steps", "climbs", "lead")
         return {**{name: getattr(self, name) for name in names}, "average": [a.clone() for a in self._average]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, rate included."""
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
+        self.lowest, self.highest = state["lowest"], state["highest"]  # which `hybrid` takes from the first weights
         self.steps, self.climbs, self.lead = state["steps"], state["climbs"], state["lead"]
         self._set(state["rate"])

@@ -105,6 +105,7 @@ class StreamLearner:
             with torch.no_grad(), balance.averaged():
                 averaged = self._forward(inputs, targets)
         found = self._forward(inputs, targets)
+        loss_value(found[1])  # what is learned from; the average may still be well where the parameters are not
         outputs, scored = found if averaged is None or (balance and balance.leads) else averaged
         value = loss_value(scored)
         changed = self.change is not None and self.change.happens(value)
