@@ -61,7 +61,7 @@ class TuningStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best of all trials in `history`: `network` maps images to probabilities, or `energy` scores (`tune_energy`).
+    """The best of all trials in `history`: its hyperparameters, its loss on the clean images, and its energy.
 
     `contrast` is that of the edge weights, 0 where there is none: `energy(scores, contrast_weights(images, contrast))`.
     """
@@ -70,9 +70,15 @@ class Tuned:
     loss: float
     energy: EntropicTV
     contrast: float
-    network: LinearSegmenter | None
     status: Ending
     history: list[TuningStep] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TunedSegmenter(Tuned):
+    """And the `network` from images to probabilities, with the weights that these hyperparameters give."""
+
+    network: LinearSegmenter
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def tune_segmenter(
     objective: Objective = cross_entropy,
     loss: Loss = log_loss,
     search: Search = Search(),
-) -> Tuned:
+) -> TunedSegmenter:
     """A `LinearSegmenter` whose weights are learned from `given` labels, and its hyperparameters from `clean` ones.
 
         min over p of loss(x*(W(p) Phi; p), clean labels),
@@ -178,7 +184,7 @@ def tune_segmenter(
     found, weights = tuned(scores, clean, hyperparameters, loss, search, problem.residuals)
     weight, bias = unscaled(weights)
     network = LinearSegmenter(extract, weight, bias, found.energy, found.contrast)
-    return Tuned(**{**vars(found), "network": network})
+    return TunedSegmenter(**vars(found), network=network)
 
 
 def tune_energy(
@@ -255,7 +261,7 @@ def tuned(
     )
     p = {name: float(value) for name, value in mapped(found.parameters).items()}
     energy = EntropicTV(p["coupling"], p["temperature"], search.accuracy)
-    return Tuned(p, found.objective, energy, p["contrast"], None, found.status, history), found.solution[1]
+    return Tuned(p, found.objective, energy, p["contrast"], found.status, history), found.solution[1]
 
 
 def checked(name: str, given: Range) -> Range:
