@@ -192,7 +192,7 @@ def test_every_noise_fits_every_stack():
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
-    settings = dataclasses.replace(STUDY.presets["smoke"], steps=2)
+    settings = dataclasses.replace(STUDY.presets["smoke"], models="U-Net", steps=2, methods="GCE")
     run = RunFolder(tmp_path)
     heard = []
 

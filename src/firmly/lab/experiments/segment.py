@@ -131,7 +131,7 @@ STUDY = Study(
     "Segmentation from wrong labels",
     {
         "smoke": SegmentSettings(
-            models="logistic-TV", noises="regions", methods="GCE,cleaned labels", steps=10, certify_seconds=1.0
+            models="logistic-TV", noises="regions", methods="cleaned labels", steps=20, certify_seconds=1.0
         ),
         "default": SegmentSettings(),
         "table": SegmentSettings(methods=",".join(METHODS), seeds=5, steps=300),
