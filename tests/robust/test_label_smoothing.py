@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from firmly.errors import DataError, SettingsError
-from firmly.robust import smoothed_labels
+from firmly.robust import BoundaryJitter, smoothed_labels
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 4, 3, 5)])
@@ -41,6 +41,16 @@ def test_one_class_stays_hard_and_void_is_nobody():
     alone = torch.full((1, 5, 5), 255)
     alone[0, 2, 2] = 1
     assert smoothed_labels(alone, 2)[0, :, 2, 2].tolist() == [0.0, 1.0]
+
+
+def test_one_smoothed_map_is_nearer_to_many_people_than_a_hard_one():
+    truth = torch.zeros(1, 40, 40, dtype=torch.long)
+    truth[:, 10:30, 8:25], truth[:, 20:34, 20:36] = 1, 2
+    people = torch.cat([BoundaryJitter(0.7)(truth, 3, seed=k).labels for k in range(60)])
+    mean = torch.nn.functional.one_hot(people, 3).movedim(-1, 1).float().mean(0)
+    hard = torch.nn.functional.one_hot(people, 3).movedim(-1, 1).float()
+    soft = smoothed_labels(people, 3)
+    assert (soft - mean).square().sum(1).mean() < 0.7 * (hard - mean).square().sum(1).mean()
 
 
 def test_bad_input_is_refused():

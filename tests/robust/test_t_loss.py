@@ -62,6 +62,29 @@ def test_images_of_wrong_labels_pull_less():
     assert pull[1] / pull[0] < 0.02 * of_squares[1] / of_squares[0]
 
 
+def test_images_that_are_labelled_the_wrong_way_round_are_given_up():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 2, (20, 8, 8), generator=generator)
+    images = (2.0 * truth - 1)[:, None] + 0.5 * torch.randn(20, 1, 8, 8, generator=generator)
+    labels = truth.clone()
+    labels[:7] = 1 - truth[:7]
+
+    def sure(of, *parameters):
+        model = torch.nn.Conv2d(1, 2, 1)
+        torch.nn.init.zeros_(model.weight)
+        model.weight.data[1] = 0.1
+        optimiser = torch.optim.Adam([*model.parameters(), *parameters], 0.05)
+        for _ in range(300):
+            optimiser.zero_grad()
+            of(model(images)).backward()
+            optimiser.step()
+        return float(model(images).detach().softmax(1).gather(1, truth[:, None]).mean())
+
+    loss = TLoss()
+    assert sure(lambda z: torch.nn.functional.cross_entropy(z, labels)) < 0.7  # it says as often as labels do
+    assert sure(lambda z: loss(z, labels).mean(), *loss.parameters()) > 0.9
+
+
 def test_bad_input_is_refused():
     logits, labels = problem()
     with pytest.raises(SettingsError, match="positive"):

@@ -158,8 +158,9 @@ def early_learning(logits: Tensor, average: Tensor, weight: float = 3.0) -> Tens
     """weight log(max(1 - <p, t>, 1e-4)), a term (batch, *spatial) that is added to the cross-entropy of given labels.
 
     `average` is the running mean t of earlier predictions (`LabelStore.average`): it keeps what was learned before
-    labels were memorised. Source: Liu, Niles-Weed, Razavian and Fernandez-Granda, Early-learning regularization
-    prevents memorization of noisy labels, 2020.
+    labels were memorised. On void pixels the term is there, too: leave them out of means by a mask.
+    Source: Liu, Niles-Weed, Razavian and Fernandez-Granda, Early-learning regularization prevents memorization of noisy
+    labels, 2020.
     """
     if average.shape != logits.shape:
         raise ShapeError(
