@@ -23,12 +23,12 @@ class LayerRls(Optimizer):
     gain R^-1 <= 1 / damping does not wind up without excitation. One layer, a squared loss, no forgetting and lr = 1:
     recursive least squares over batches, exactly.
 
-    Other parameters take gradient steps with `other_lr`. R^-1 is renewed every `every` steps; a layer with n inputs
-    costs n^3 / 3 then, and n^2 numbers. Rows are seen by forward hooks, in training mode with gradients enabled;
-    `remove()` takes them off. Raises `SettingsError`, `ConditionError` for grouped convolutions, for layers whose
-    weights are shared or not their own and for gradients of layers that saw no rows, `DataError` for rows that are not
-    finite. Source: C. Zhang, Q. Song, H. Zhou, Y. Ou, H. Deng, L. T. Yang, arXiv 2109.03220 (recursive least squares
-    per layer); damping derived in the docs.
+    Other parameters take gradient steps with `other_lr`. R is factorised every `every` steps; a layer with n inputs
+    costs n^3 / 3 then, 2 n^2 per output in every step, and 2 n^2 numbers. Rows are seen by forward hooks, in training
+    mode with gradients enabled; `remove()` takes them off. Raises `SettingsError`, `ConditionError` for grouped
+    convolutions, complex weights, layers whose weights are shared or not their own, and gradients of layers that saw no
+    rows, and `DataError` for rows that are not finite. Source: C. Zhang, Q. Song, H. Zhou, Y. Ou, H. Deng, L. T. Yang,
+    arXiv 2109.03220 (recursive least squares per layer); damping derived in the docs.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LayerRls(Optimizer):
         super().__init__(groups + ([{"params": rest, "lr": other_lr}] if rest else []), {"lr": lr})
         self.steps = 0
         self._information: dict[nn.Module, Tensor] = {}  # R
-        self._gains: dict[nn.Module, Tensor] = {}  # R^-1, of the last renewal
+        self._factors: dict[nn.Module, Tensor] = {}  # of R by Cholesky, of the last renewal
         self._seen: dict[nn.Module, Tensor] = {}  # A' A / batch since the last step
         self._hooks = [layer.register_forward_pre_hook(self._see) for layer in self.layers]
 
@@ -92,7 +92,7 @@ class LayerRls(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # PyTorch's own leaves out every attribute of a subclass: copies of it could not step
-        names = ("profile", "damping", "every", "layers", "steps", "_information", "_gains", "_seen", "_hooks")
+        names = ("profile", "damping", "every", "layers", "steps", "_information", "_factors", "_seen", "_hooks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class LayerRls(Optimizer):
         for layer in self.layers:
             if (
                 layer not in self._seen
-                and layer not in self._gains
+                and layer not in self._factors
                 and any(p.grad is not None for p in layer.parameters())
             ):
                 raise ConditionError(
@@ -122,11 +122,11 @@ class LayerRls(Optimizer):
             new = keep * old + seen
             new.diagonal().add_((1 - keep) * self.damping)
             self._information[layer] = new
-            if self.steps % self.every == 0 or layer not in self._gains:
+            if self.steps % self.every == 0 or layer not in self._factors:
                 factor, failed = torch.linalg.cholesky_ex(new)
                 if failed:
                     raise DataError(f"the rows of {layer} are not finite, or too large for damping {self.damping}")
-                self._gains[layer] = torch.cholesky_inverse(factor)
+                self._factors[layer] = factor
         self._seen, self.steps = {}, self.steps + 1
         for group in self.param_groups:
             for p in group["params"]:
@@ -143,7 +143,7 @@ class LayerRls(Optimizer):
         gradient = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(len(p), -1) for p in parts], 1
         )
-        direction = gradient @ self._gains[layer]
+        direction = torch.cholesky_solve(gradient.mT, self._factors[layer]).mT
         n = layer.weight[0].numel()
         for p, part in zip(parts, (direction[:, :n], direction[:, n:]), strict=False):
             if p.grad is not None:
@@ -151,15 +151,15 @@ class LayerRls(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As that of every optimiser, with the matrices of the layers in their order in the model."""
-        layers = [(self._information.get(layer), self._gains.get(layer)) for layer in self.layers]
+        layers = [(self._information.get(layer), self._factors.get(layer)) for layer in self.layers]
         return {**super().state_dict(), "steps": self.steps, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.steps = state_dict["steps"]
-        self._information, self._gains, self._seen = {}, {}, {}
-        for layer, (information, gain) in zip(self.layers, state_dict["layers"], strict=True):
+        self._information, self._factors, self._seen = {}, {}, {}
+        for layer, (information, factor) in zip(self.layers, state_dict["layers"], strict=True):
             if information is not None:
                 self._information[layer] = information.to(layer.weight.device).clone()
-                self._gains[layer] = gain.to(layer.weight.device).clone()
+                self._factors[layer] = factor.to(layer.weight.device).clone()
