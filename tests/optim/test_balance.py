@@ -32,10 +32,22 @@ def test_the_law_by_hand():
     assert b.climbs and b.update(1.0, 2.0) == pytest.approx(before * math.sqrt(2))
 
 
+def test_comparisons_are_due_at_every_batch_of_a_climb_then_now_and_then():
+    law, due = balance(every=3), []
+    for _ in range(9):
+        due.append(law.due())
+        if due[-1]:
+            law.update(2.0 if len(due) == 4 else 1.0, 1.5)
+        law.follow()
+    assert due == [True] * 4 + [False, False, True, False, False]
+    law.restart()
+    assert law.due()
+
+
 def test_at_rest_where_the_parameters_win_their_share():
     """A loop whose chance to win falls with the rate settles where the chance is `share`."""
     chance = torch.Generator().manual_seed(0)
-    b, seen = balance(0.5, share=0.4), []
+    b, seen = balance(0.5, step=0.03, share=0.4), []
     for t in range(6000):
         wins = float(torch.rand((), generator=chance)) < 1 / (1 + b.rate / 0.02)
         b.update(1.0 + (not wins), 1.5)
@@ -138,7 +150,8 @@ def test_state_round_trip():
 
 def test_refusals():
     for bad in (
-        {"lowest": 0.0}, {"lowest": 2.0}, {"highest": math.inf}, {"memory": 0.5}, {"step": -1.0}, {"share": 1.0}
+        {"lowest": 0.0}, {"lowest": 2.0}, {"highest": math.inf}, {"memory": 0.5}, {"step": -1.0}, {"share": 1.0},
+        {"every": 0},
     ):  # fmt: skip
         with pytest.raises(SettingsError):
             balance(**bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_recovers_from_a_change_and_counts(make):
         assert max(rates) > 8 * rates[0] and min(rates[stream.changes[0] :]) > 2 * rates[0]
         assert stream.forwards == 1600
     else:
-        assert max(rates) / min(rates) <= HIGHEST / LOWEST * (1 + 1e-9) and stream.forwards == 3200
+        assert max(rates) / min(rates) <= HIGHEST / LOWEST * (1 + 1e-9) and 1600 * 1.25 <= stream.forwards < 1600 * 1.4
 
 
 def test_skips_what_is_fitted():
@@ -145,16 +146,17 @@ def test_predictions_are_made_before_the_labels_are_seen():
 
 
 def test_the_weights_that_predict_are_those_of_the_outputs():
-    stream, batches = learner(), list(rotating(60))
+    stream, batches = learner(), list(rotating(200))
     chosen = set()
     for x, y in batches:
         learned = [p.detach().clone() for p in stream.model.parameters()]
-        with stream.predicting(), torch.no_grad():
+        compared = stream.feedback.due()
+        with stream.predicting() if compared else nullcontext(), torch.no_grad():
             expected = stream.model(x)
         assert all(torch.equal(p, q) for p, q in zip(learned, stream.model.parameters(), strict=True))
-        chosen.add(stream.feedback.leads)
+        chosen.add((compared, stream.feedback.leads))
         assert torch.equal(stream.learn(x, y).outputs, expected)
-    assert chosen == {True, False}
+    assert len(chosen) == 4
 
 
 def test_the_size_of_weights():

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from firmly.errors import ConditionError, SettingsError
 from firmly.optim.loss_value import loss_value
 
-CLIMB = math.sqrt(2)  # factor per batch of the exponential phase
+CLIMB = math.sqrt(2)  # factor per comparison in the exponential phase
 
 
 class Balance:
@@ -35,8 +35,10 @@ class Balance:
     scalar regression with a target in random motion, the rate at which both errors are equal is unique (docs).
 
     After each step of the optimiser call `follow()`; the average forgets with a memory of about `memory` steps. With
-    the losses of a new batch call `update(loss, averaged_loss)`. `averaged()` puts the average in the place of the
-    parameters. Raises `SettingsError`, and `ConditionError` where a parameter group was added later.
+    the losses of a new batch call `update(loss, averaged_loss)` where `due()`: at every batch of a climb, later at one
+    in `every`, since the comparison costs a forward pass. `averaged()` puts the average in the place of the parameters,
+    to predict with; `leads` tells whether the parameters have been the better ones of late. Raises `SettingsError`, and
+    `ConditionError` where a parameter group was added later.
     """
 
     def __init__(
@@ -45,15 +47,18 @@ class Balance:
         lowest: float,
         highest: float,
         memory: float = 5.0,
-        step: float = 0.03,
+        step: float = 0.06,
         share: float = 0.4,
+        every: int = 4,
     ):
         if not 0 < lowest <= highest < math.inf:
             raise SettingsError(f"0 < lowest <= highest is needed of the rates, given {lowest!r} and {highest!r}")
         if not (1 <= memory < math.inf and 0 <= step < math.inf and 0 < share < 1):
             raise SettingsError(f"memory >= 1, step >= 0 and 0 < share < 1, given {memory!r}, {step!r} and {share!r}")
+        if every < 1:
+            raise SettingsError(f"every is at least 1 batch, given {every!r}")
         self.optimizer, self.lowest, self.highest = optimizer, lowest, highest
-        self.memory, self.step, self.share = memory, step, share
+        self.memory, self.step, self.share, self.every = memory, step, share, every
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if not all(0 < rate < math.inf for rate in rates):
             raise SettingsError(f"rates are positive and finite, given {rates}")
@@ -70,6 +75,10 @@ class Balance:
     def leads(self) -> bool:
         """Have the parameters predicted better than their average of late?"""
         return self.lead > 0
+
+    def due(self) -> bool:
+        """Is it time for a comparison?"""
+        return self.climbs or self.steps % self.every == 0
 
     def restart(self) -> None:
         """The law has changed: climb again."""

@@ -21,7 +21,7 @@ from firmly.optim.feedback import Feedback
 from firmly.optim.loss_value import loss_value
 from firmly.optim.presets import nesterov
 
-LOWEST, HIGHEST = 0.006, 0.18  # rates of the hybrid, in units of the root mean square of the weights
+LOWEST, HIGHEST = 0.02, 0.18  # rates of the hybrid, in units of the root mean square of the weights
 MEMORY = 100.0  # steps over which the hybrid averages the squares of gradients
 
 
@@ -39,8 +39,8 @@ class StreamLearner:
 
     For every batch: outputs and loss (scored before anything is learned); a backward pass and a step, unless `event`
     finds the loss small. `feedback` sets the rate: a `Feedback` from the mean loss of every `window` batches, a
-    `Balance` from the losses of the parameters and of their average, so that every batch is predicted twice; outputs
-    and loss are then those of the two that predicted better of late. Where `change` finds that the level of the loss
+    `Balance` from the losses of the parameters and of their average, for which some batches are predicted twice: their
+    outputs and loss are those of the two that predicted better of late. Where `change` finds that the level of the loss
     rose, feedback and event start over, that is, the rate climbs exponentially again, for `Feedback` from the gain that
     it had found. The model runs in the mode that it is in.
 
@@ -81,7 +81,7 @@ class StreamLearner:
         """All parts together, in one configuration that is not meant to be tuned.
 
         A-posteriori steps with a diagonal gain, through Nesterov's filter with momentum 1/2, the most that is positive
-        real; `Balance` keeps the rate between 0.6% and 18% of `weight_size(model)`, so that `lr`, the rate that a
+        real; `Balance` keeps the rate between 2% and 18% of `weight_size(model)`, so that `lr`, the rate that a
         constant gradient sees at first, matters little; alarms. `threshold` is that of `LossEvent`; by default every
         batch is learned from. The criterion is not negative.
         """
@@ -101,7 +101,7 @@ class StreamLearner:
         """Predicts one batch, scores it, and learns from it."""
         balance = self.feedback if isinstance(self.feedback, Balance) else None
         averaged = None
-        if balance is not None:  # before the pass that is differentiated, because it replaces parameters for a while
+        if balance is not None and balance.due():  # before the pass that is differentiated: it replaces parameters
             with torch.no_grad(), balance.averaged():
                 averaged = self._forward(inputs, targets)
         found = self._forward(inputs, targets)
