@@ -27,7 +27,7 @@ def main(height: int) -> list[dict[str, Any]]:
             exact = linf_prox(*(g.double() for g in problem), sort=True)
             row: dict[str, Any] = {"precision": str(dtype)[6:], "box": "active" if active else "far"}
             methods: dict[str, Callable[[], Tensor]] = {
-                "bracket": lambda p=problem: linf_prox(*p, sort=False),
+                "guesses": lambda p=problem: linf_prox(*p, sort=False),
                 "sorting": lambda p=problem: linf_prox(*p, sort=True),
                 "ternary": lambda p=problem: ternary(*p),
             }

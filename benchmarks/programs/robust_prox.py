@@ -26,7 +26,7 @@ def main(cases: int) -> list[dict[str, Any]]:
         low, high = problem[3:]
         exact = torch.cat([by_all_pieces(*(part[k : k + 20] for part in problem)) for k in range(0, cases, 20)])
         methods: dict[str, Callable[[], Tensor]] = {
-            "bracket": lambda p=problem: linf_prox(*p, sort=False),
+            "guesses": lambda p=problem: linf_prox(*p, sort=False),
             "sorting": lambda p=problem: linf_prox(*p, sort=True),
             "ternary": lambda p=problem: ternary(*p),
         }

@@ -36,6 +36,23 @@ def test_both_versions_agree_to_1e_12_on_a_thousand_cases(size, active):
         assert bool((bracketed.abs().amax(1) < inside.abs().amax(1)).any())
 
 
+@pytest.mark.parametrize("kind", ["plain", "ties", "heavy", "no pull", "large lam", "zeros"])
+def test_guesses_of_any_quality_do_not_matter(kind):
+    delta, weight, lam, low, high = problem(6, 7000, 8)
+    if kind == "ties":
+        delta, low, high = (g.mul(8).round() / 8 for g in (delta, low, high))
+    elif kind == "heavy":
+        weight = torch.where(torch.arange(7000) % 997 == 3, 1e4 * weight, 1e-3 * weight)
+    elif kind == "no pull":
+        weight[:, ::2], lam = 0, 0.5 * lam
+    elif kind == "large lam":
+        lam = lam * torch.logspace(-3, 3, 6, dtype=torch.float64)
+    elif kind == "zeros":
+        delta[:3], low[3:], high[3:] = 0, 0, 0
+    few, all_of_them = (linf_prox(delta, weight, lam, low, high, sort=sort) for sort in (False, True))
+    assert torch.allclose(few, all_of_them, rtol=0, atol=1e-12)
+
+
 def test_the_threshold_is_that_of_a_search_over_all_break_points():
     delta, weight, lam, low, high = problem(200, 9, 3)
     p = linf_prox(delta, weight, lam, low, high, sort=False)

@@ -1,15 +1,14 @@
-"""The proximal map of the maximum norm in a diagonal metric, inside a box: exact, by sorting or by a bracket."""
+"""The proximal map of the maximum norm in a diagonal metric, inside a box: exact, by sorting break points."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor
 
 from firmly.errors import DataError, SettingsError, ShapeError
 
-FEW = 4096  # entries of a sample; up to here sorting them is faster
+FEW = 2048  # entries; up to here sorting them all is faster
+SAMPLE, RANKS = 512, 40  # break points that guess where the solution is, and by how many of them they may be wrong
 
 
 @torch.no_grad()
@@ -71,54 +70,62 @@ def checked(
     return boxed, penalty.expand(len(delta)).unsqueeze(1)
 
 
-def sorted_threshold(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor) -> Tensor:
-    """The least t >= 0 with phi(t) <= 0, from phi on all its pieces; (batch, n), lam (batch, 1) -> (batch, 1)."""
-    ordered, order = edge.sort(dim=1, descending=True)
-    mass, pull = masses.gather(1, order).cumsum(1), pulls.gather(1, order).cumsum(1)
-    after = torch.cat([ordered[:, 1:], torch.zeros_like(ordered[:, :1])], 1)
-    # phi at the left end of piece k, with the entries of that piece: the first that is positive holds the solution
-    positive = pull - lam - after * mass > 0
+def sorted_threshold(
+    edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor, bracket: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
+    """The least t >= 0 with phi(t) <= 0, from phi on all its pieces; (batch, n), lam (batch, 1) -> (batch, 1).
+
+    A bracket is a, b with phi(a) > 0 >= phi(b) (or a = 0), and the sums (batch, 2) of masses and pulls over the break
+    points from b on; of the others only those between a and b have to be there.
+    """
+    if bracket is None:
+        none = torch.zeros_like(lam)
+        bracket = none, edge.amax(1, keepdim=True), none.expand(-1, 2)
+        inside = torch.ones_like(edge, dtype=torch.bool)
+    else:
+        inside = (edge > bracket[0]) & (edge < bracket[1])
+    a, b, above = bracket
+    ordered, order = torch.where(inside, edge, -1).sort(dim=1, descending=True)
+    inside = inside.gather(1, order)
+    mass, pull = (
+        torch.cat([start, start + torch.where(inside, part.gather(1, order), 0).cumsum(1)], 1)
+        for part, start in ((masses, above[:, :1]), (pulls, above[:, 1:]))
+    )
+    upper = torch.cat([b, torch.where(inside, ordered, a)], 1)
+    lower = torch.cat([upper[:, 1:], a], 1)
+    # phi at the lower end of piece k, with the entries of that piece: the first that is positive holds the solution
+    positive = pull - lam - lower * mass > 0
     piece = torch.argmax(positive.to(torch.uint8), dim=1, keepdim=True)
     root = (pull.gather(1, piece) - lam) / mass.gather(1, piece)
-    t = torch.minimum(root, ordered.gather(1, piece))
+    t = torch.maximum(torch.minimum(root, upper.gather(1, piece)), lower.gather(1, piece))
     return torch.where(positive.any(1, keepdim=True), t, 0)
 
 
 def bracketed_threshold(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor) -> Tensor:
-    """The same t in a few passes: phi(a) > 0 >= phi(b), until no break point lies strictly between."""
+    """The same t, sorting only break points between two guesses that a sample makes, once phi has confirmed them."""
     columns = torch.stack([masses, pulls], 1)
-    above = torch.zeros_like(
-        columns[:, :, 0]
-    )  # sums over break points that were left out because they lie at b or above
 
     def sums(active: Tensor) -> Tensor:
-        return above + (columns @ active.to(columns.dtype).unsqueeze(2)).squeeze(2)
+        return (columns @ active.to(columns.dtype).unsqueeze(2)).squeeze(2)
 
-    def phi(t: Tensor, at: Tensor) -> Tensor:
-        return at[:, 1:] - t * at[:, :1] - lam
-
-    a = torch.zeros_like(lam)
-    at_a = sums(edge > a)
-    b = torch.where(phi(a, at_a) > 0, edge.amax(1, keepdim=True), 0)
-    for turn in itertools.count(1):
-        newton = (at_a[:, 1:] - lam) / at_a[:, :1]
-        inside = (edge > a) & (edge < b)
-        widest = int(inside.sum(1).max())
-        if widest == 0:
-            return torch.where(b > a, torch.maximum(torch.minimum(newton, b), a), a)
-        if 4 * widest < edge.shape[1]:
-            above = sums(edge >= b)
-            edge, columns = compacted(inside, edge, columns, widest)
-            inside = edge > a  # all that were kept; what fills the rows up is below every a
-        t = newton
-        if turn % 4 == 0 or not bool(((newton > a) & (newton < b)).any()):
-            t = torch.where(inside, edge, torch.nan).nanmedian(1, keepdim=True).values
+    a, b = torch.zeros_like(lam), edge.amax(1, keepdim=True)
+    for t in guesses(edge, masses, pulls, lam):
         at_t = sums(edge > t)
-        moved = (t > a) & (t < b)
-        positive = moved & (phi(t, at_t) > 0)
-        a, at_a = torch.where(positive, t, a), torch.where(positive, at_t, at_a)
-        b = torch.where(moved & ~positive, t, b)
-    raise AssertionError
+        positive = at_t[:, 1:] - t * at_t[:, :1] - lam > 0
+        a, b = torch.where(positive, torch.maximum(a, t), a), torch.where(positive, b, torch.minimum(b, t))
+    bracket, inside = (a, b, sums(edge >= b)), (edge > a) & (edge < b)
+    edge, columns = compacted(inside, edge, columns, int(inside.sum(1).max()))
+    return sorted_threshold(edge, columns[:, 0], columns[:, 1], lam, bracket)
+
+
+def guesses(edge: Tensor, masses: Tensor, pulls: Tensor, lam: Tensor) -> list[Tensor]:
+    """Break points of a sample some ranks above and below the one at which phi of the sample changes sign."""
+    stride = max(edge.shape[1] // SAMPLE, 1)
+    ordered, order = edge[:, ::stride].sort(dim=1, descending=True)
+    mass, pull = (part[:, ::stride].gather(1, order).cumsum(1) for part in (masses, pulls))
+    share = ordered.shape[1] / edge.shape[1]
+    rank = (pull - ordered * mass - share * lam <= 0).sum(1, keepdim=True)
+    return [ordered.gather(1, (rank + k).clamp(0, ordered.shape[1] - 1)) for k in (RANKS, -RANKS)]
 
 
 def compacted(inside: Tensor, edge: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
