@@ -65,6 +65,16 @@ def test_without_coupling_it_is_the_svm_of_crammer_and_singer():
     assert np.abs(ours.weight.numpy() - theirs.coef_).max() < 1e-4
 
 
+def test_the_coupled_svm_converges_where_few_pixels_have_a_label():
+    images, maps = (torch.from_numpy(part) for part in blobs(2))
+    features = PixelFeatures()(images[:, None])
+    known = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0)) < 0.05
+    known[:, 10] = True  # a scribble, whose neighbours are coupled
+    labels = torch.where(known, maps, 255)
+    fit = fit_hinge([Batch(features, labels, None)], 3, 100.0, coupling=0.5)
+    assert fit.converged
+
+
 def test_the_segmenter_without_coupling_is_logistic_regression_of_its_features():
     images, maps = blobs()
     segmenter = LogisticSegmenter(coupling=0.0, C=100.0, tol=1e-6, max_iter=2000).fit(images, maps)

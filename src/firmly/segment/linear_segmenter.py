@@ -172,8 +172,9 @@ def fit_hinge(
     offsets: list[float] = []
     best, best_theta, gap = float("inf"), theta, float("inf")
     starts: list[Best | None] = [None] * len(batches)
+    labelled = count / sum(batch.labels.numel() for batch in batches)  # accuracies are per pixel, losses per label
     while len(slopes) < max_iter:
-        accuracy = max(ROUGH * gap, FINE * tol * best) / C if slopes else FIRST
+        accuracy = labelled * (max(ROUGH * gap, FINE * tol * best) / C if slopes else FIRST)
         upper, slope, offset = 0.0, torch.zeros_like(theta), 0.0
         for k, batch in enumerate(batches):
             y, valid = targets(batch.labels, torch.empty(len(batch.labels), classes, *batch.labels.shape[1:]), ignore)
