@@ -112,6 +112,12 @@ def test_the_certified_error_holds():
     assert again.iterations == 0
 
 
+def test_what_all_classes_have_in_common_costs_no_digits():
+    s = 1e12 + scores_of(1, 3, 6, 5)
+    layer = EntropicTV(0.5, accuracy=1e-6)
+    assert torch.allclose(layer(s), layer(s - 1e12), atol=1e-7)
+
+
 def test_single_precision_and_a_constant_image():
     s = scores_of(1, 3, 6, 6).float().requires_grad_()
     x = EntropicTV(0.2)(s)

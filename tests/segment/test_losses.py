@@ -119,6 +119,12 @@ def test_the_hinge_is_the_linear_program():
     assert float(loss) - 1e-5 <= float(rough) <= float(loss) + 20 * 1e-2
 
 
+def test_the_hinge_is_certified_whatever_all_classes_have_in_common():
+    s, labels = 1e8 + randn(1, 3, 6, 5), some_labels(1, 6, 5, classes=3)
+    loss, expected = (structured_hinge(z, labels, 1.0, accuracy=1e-6) for z in (s, s - 1e8))
+    assert float((loss - expected).abs()) < 4e-5
+
+
 def test_the_hinge_subgradient():
     labels = some_labels(1, 4, 5, classes=3)
     s = (2 * randn(1, 3, 4, 5)).requires_grad_()

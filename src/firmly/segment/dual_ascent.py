@@ -57,7 +57,7 @@ def ascend(
     x, error = torch.empty_like(scores), scores.new_full((len(scores),), torch.inf)
     running = torch.arange(len(scores), device=scores.device)
     limits = split(bounds.expand_as(dual))
-    here, state = scores, begun(split(dual), len(scores), scores)
+    here, state = scores - scores.amax(1, keepdim=True), begun(split(dual), len(scores), scores)
     stage_end, length = 0, FIRST_STAGE
     for iteration in range(max_iterations + 1):
         if iteration % CHECKED == 0:

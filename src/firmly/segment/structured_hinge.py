@@ -72,6 +72,8 @@ def best_segmentation(
     is exact at zero coupling. Source: Chambolle and Pock, A first-order primal-dual algorithm, 2011.
     """
     size = 1 / math.sqrt(4 * (scores.dim() - 2))  # |D|^2 <= 4 axes
+    common = scores.amax(1, keepdim=True)  # to all classes: without effect but on rounding
+    scores = scores - common
     allowed = accuracy * math.prod(scores.shape[2:])
     if start is None:
         x = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).movedim(-1, 1).to(scores)
@@ -87,7 +89,7 @@ def best_segmentation(
             tv = [sum_over_sample(limit * jump.abs()) for limit, jump in zip(limits, jumps(x))]
             gap = upper - sum_over_sample(scores * x) + torch.stack(tv).sum(0)
             if bool((gap <= allowed).all()):
-                return Best(x, joined(p), upper, iteration)
+                return Best(x, joined(p), upper + sum_over_sample(common), iteration)
         new = onto_simplices(z.mul_(size).add_(x))
         ahead = jumps(2 * new - x)
         p = [(part + size * jump).clamp_(-limit, limit) for part, jump, limit in zip(p, ahead, limits)]
