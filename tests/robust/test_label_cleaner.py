@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from firmly.errors import ConditionError, DataError, NotDifferentiable, SettingsError, ShapeError
-from firmly.robust import BoundaryShift, Seen, clean_labels, cleaner_features, label_cleaner, logistic_regression
+from firmly.robust import (
+    BoundaryShift,
+    Seen,
+    clean_labels,
+    cleaner_features,
+    label_cleaner,
+    label_posterior,
+    logistic_regression,
+    transition_from_laws,
+)
 from firmly.segment.pixel_classifier import PixelClassifier
 
 
@@ -73,7 +82,9 @@ def test_gradients_of_logistic_regression():
     X, laws = rows(count=20)
     logits = laws.log().requires_grad_()
     ridge = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda z, r: logistic_regression(X, z.softmax(1), r), (logits, ridge))
+    ridges = torch.tensor([0.05, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    for one in (ridge, ridges):
+        torch.autograd.gradcheck(lambda z, r: logistic_regression(X, z.softmax(1), r), (logits, one))
     (first,) = torch.autograd.grad(logistic_regression(X, laws, ridge).square().sum(), ridge, create_graph=True)
     with pytest.raises(NotDifferentiable):
         first.backward()
@@ -85,6 +96,8 @@ def test_logistic_regression_refuses():
         logistic_regression(X, laws[:-1], 0.1)
     with pytest.raises(ShapeError):
         logistic_regression(X, laws, 0.1, start=torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="ridge"):
+        logistic_regression(X, laws, torch.ones(2))
     with pytest.raises(ConditionError):
         logistic_regression(X, laws, 0.0)
     with pytest.raises(DataError, match="sum to one"):
@@ -103,7 +116,6 @@ def test_a_habit_of_contours_is_undone():
     for laws in (found.laws, *found.fold_laws):
         torch.testing.assert_close(laws.sum(1), torch.ones(6, 24, 24, dtype=torch.float64))
         assert float((laws.argmax(1) != right).double().mean()) < 0.2 * before
-    assert found.kappa < 0.5
     first, best = found.search.history[0].objective, found.search.objective
     assert best <= first
     # the cleaner itself, applied to other images of the same network
@@ -112,9 +124,50 @@ def test_a_habit_of_contours_is_undone():
     assert float((found.cleaner(images, scores).argmax(1) != labels).double().mean()) < 0.2 * before
 
 
-def test_right_labels_are_believed_more_than_wrong_ones():
-    kappas = [clean_labels(*study(habit, learned_by=dilated)[:2]).kappa for habit in (as_they_are, dilated)]
-    assert kappas[0] > 10 * kappas[1]
+def test_right_labels_are_believed_however_wrong_the_network_is():
+    given, clean, right = study(as_they_are, learned_by=dilated)
+    found = clean_labels(given, clean)
+    assert bool((found.laws.argmax(1) == right).all())
+    torch.testing.assert_close(found.transition, torch.eye(3, dtype=torch.float64), atol=1e-2, rtol=0)
+
+
+def test_posterior_by_hand_and_transition_of_known_labels():
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).reshape(1, 3, 1, 1).expand(1, 3, 1, 2)
+    T = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([[[1, 255]]])
+    expected = torch.tensor([0.5 * 0.1, 0.3 * 0.6, 0.0], dtype=torch.float64)
+    found = label_posterior(q, labels, T)
+    torch.testing.assert_close(found[0, :, 0, 0], expected / expected.sum())
+    torch.testing.assert_close(found[..., 1], q[..., 1])
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 3, (1, 40, 40), generator=generator)
+    sure = torch.nn.functional.one_hot(truth, 3).movedim(-1, 1).double()
+    given = torch.randint(0, 3, (1, 40, 40), generator=generator)
+    given[:, 0] = 255
+    counts = torch.zeros(3, 3, dtype=torch.float64)
+    for k, y in zip(truth[:, 1:].flatten(), given[:, 1:].flatten()):
+        counts[k, y] += 1
+    torch.testing.assert_close(transition_from_laws(sure, given), counts / counts.sum(1, keepdim=True))
+
+
+def test_the_transition_is_that_of_largest_likelihood():
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 3, 100, 100, generator=generator, dtype=torch.float64).mul(2).softmax(1)
+    truth = torch.multinomial(q.movedim(1, -1).flatten(0, 2), 1, generator=generator).reshape(1, 100, 100)
+    T = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.0, 0.3, 0.7]], dtype=torch.float64)
+    labels = torch.multinomial(T[truth.flatten()], 1, generator=generator).reshape(1, 100, 100)
+    found = transition_from_laws(q, labels, steps=2000, tol=1e-10)
+    torch.testing.assert_close(found, T, atol=0.05, rtol=0)
+
+    def gradient(at):  # of the mean log likelihood: equal within a row where entries are positive, less where zero
+        at = at.clone().requires_grad_()
+        (q.movedim(1, -1).flatten(0, 2) @ at).gather(1, labels.reshape(-1, 1)).log().mean().backward()
+        return at.grad
+
+    slope = gradient(found)
+    level = (slope * found).sum(1, keepdim=True)
+    torch.testing.assert_close(torch.where(found > 1e-4, slope, level), level.expand(3, 3), atol=1e-5, rtol=0)
+    assert bool((slope <= level + 1e-5).all())
 
 
 def test_gradients_of_the_search_are_those_of_finite_differences(monkeypatch):
@@ -188,6 +241,8 @@ def test_bad_input_is_refused():
         clean_labels(given, clean._replace(labels=clean.labels + 2))
     with pytest.raises(DataError, match="no pixel"):
         clean_labels(given, clean._replace(labels=torch.full_like(clean.labels, 255)))
+    with pytest.raises(DataError, match="no pixel"):
+        transition_from_laws(given.scores.softmax(1), torch.full_like(given.labels, 255))
     with pytest.raises(SettingsError, match="row"):
         clean_labels(given, clean, rows=0)
     for folds in ([[0, 1, 2, 3]], [[]], [[0, 0]], [[9]], []):

@@ -26,7 +26,15 @@ from firmly.robust.baselines import (
 from firmly.robust.contours import contour_offsets, move_contours
 from firmly.robust.dag import DAG
 from firmly.robust.divergences import KL, Chi2, CVaR, KLPenalty, TotalVariation
-from firmly.robust.label_cleaner import CleanedLabels, Cleaner, Seen, clean_labels, cleaner_features
+from firmly.robust.label_cleaner import (
+    CleanedLabels,
+    Cleaner,
+    Seen,
+    clean_labels,
+    cleaner_features,
+    label_posterior,
+    transition_from_laws,
+)
 from firmly.robust.label_costs import boundary_distance, ordinal_cost, tree_cost
 from firmly.robust.label_quality import LabelErrors, image_quality, label_errors, pixel_quality
 from firmly.robust.label_smoothing import smoothed_labels
@@ -128,6 +136,7 @@ __all__ = [
     "image_quality",
     "label_errors",
     "label_logits",
+    "label_posterior",
     "label_risk",
     "label_step",
     "linf_prox",
@@ -158,6 +167,7 @@ __all__ = [
     "symmetric_cross_entropy",
     "transition_from_anchors",
     "transition_from_clean",
+    "transition_from_laws",
     "tree_cost",
     "wasserstein_logistic",
     "worst_case",

@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import cross_entropy, log_softmax, one_hot
 
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.fixedpoint.bilevel import BilevelSolution, bilevel
 from firmly.robust.contours import contour_heights
 from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import VOID
-from firmly.robust.pencil import given_laws, label_step, valid_labels
+from firmly.robust.pencil import given_laws, valid_labels
 from firmly.segment.features import PixelFeatures
 
 SCALES = (1.0, 2.0, 4.0)  # of the features of images, in pixels
 REACH = 4.0  # pixels from a contour, beyond which distances are all alike
 LEAST = -10.0  # log probability
 SMOOTHING = 1e-3  # of right labels, which keeps weights finite where classes are separable
-FIRST = (1e-3, 1e-3, 0.1)  # ridge of the cleaner, ridge of the learner, kappa
+FIRST = (1e-3, 1e-3, 1e-3)  # ridges: of features of the image, of log probabilities, of distances
 BOUNDS = (1e-6, 1e2)
 TOL = 1e-8
 
@@ -45,28 +45,26 @@ class Cleaner(NamedTuple):
     size: Tensor
 
     def __call__(self, images: Tensor, scores: Tensor) -> Tensor:
-        return self.laws(cleaner_features(images, scores).movedim(1, -1)).movedim(-1, 1)
+        return self.logits(cleaner_features(images, scores).movedim(1, -1)).softmax(-1).movedim(-1, 1)
 
-    def laws(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Tensor) -> Tensor:
         """Of features (..., features): (..., classes)."""
-        return (self.standard(rows) @ self.weights[:-1] + self.weights[-1]).softmax(-1)
-
-    def standard(self, rows: Tensor) -> Tensor:
-        return (rows - self.mean) / self.size
+        return ((rows - self.mean) / self.size) @ self.weights[:-1] + self.weights[-1]
 
 
 class CleanedLabels(NamedTuple):
     """Laws (n, class, *spatial) to train on in the place of the given labels, and how they were found.
 
-    `laws` come from a cleaner fitted to all clean images. Those of `fold_laws` come from one fold each: what is trained
-    on fold_laws[i] has learned nothing from the clean images that are not in fold i, but for `kappa` and `ridge`.
+    `laws` come from a cleaner fitted to all clean images, which is kept with its `transition` (class, class). Those of
+    `fold_laws` come from one fold each: what is trained on fold_laws[i] has learned nothing from the clean images that
+    are not in fold i, but for the three `ridges`.
     """
 
     laws: Tensor
     fold_laws: tuple[Tensor, ...]
     cleaner: Cleaner
-    kappa: float
-    ridge: float
+    transition: Tensor
+    ridges: tuple[float, ...]
     search: BilevelSolution
 
 
@@ -96,19 +94,19 @@ def clean_labels(
     max_solves: int = 15,
     void: int = VOID,
 ) -> CleanedLabels:
-    """d = (q + kappa e_y) / (1 + kappa), `label_step` from the laws q of a cleaner that a few right labels have taught.
+    """d_k = q_k T_ky / sum_j q_j T_jy (`label_posterior`), with laws q that a few right labels have taught.
 
     `given` has labels y that may be wrong, and the scores on its images of a network that was trained on them; `clean`
     has right labels, and the scores of the same network, which never saw these images. The cleaner learns from `clean`
-    what is right where the network says what it says: a habit of contours, a class taken for another. It is applied to
-    `given`. Where y is of a class that the clean images do not show, nothing is known, and d = e_y.
+    what is right where the network says what it says: a habit of contours, a class taken for another. Its laws q on
+    `given` are the prior of Bayes' rule. T (`transition_from_laws`) says how much a label y tells beside it: nearly all
+    where labels are right, little of classes that are taken for each other. Where y is of a class that the clean images
+    do not show, nothing is known, and d = e_y.
 
-    The ridge of the cleaner, kappa, and the ridge of a learner are chosen by `bilevel`, of which both levels are
-    convex given the one before: the cleaner is fitted to one fold of `clean`; the learner, logistic regression on the
-    same features, to the laws d on `given`; and the cross-entropy of the learner on the rest of `clean` is the outer
-    objective, its mean over folds. The learner stands for the network that is to be trained on d, through whose
-    training no gradient comes at a reasonable price. `folds` are numbers of clean images to fit to (None: their first
-    and second half). Every regression of the search sees at most so many `rows`, drawn by a fixed seed.
+    The cleaner has three ridges, for the features of the image, the log probabilities, and the distances. They are
+    chosen by `bilevel`: the inner problems, convex, fit a cleaner to each fold of `clean`, and the outer objective is
+    its cross-entropy on the rest of `clean`, the mean over folds. `folds` are numbers of clean images to fit to (None:
+    their first and second half). Every fit sees at most so many `rows`, drawn by a fixed seed.
 
     Raises `ShapeError`, `DataError` (labels out of range, fewer than two clean images), `SettingsError` (folds).
     Source: after Veit et al., Learning from noisy large-scale datasets with minimal supervision, 2017, whose cleaning
@@ -138,49 +136,82 @@ def clean_labels(
             raise DataError(f"no pixel of the clean images {list(part)} has a label")
         return some(of_clean[part][known], clean.labels[part][known])
 
-    learned = some(of_given, given.labels)
     known = [right(part) for part in parts]
     held_out = [right([i for i in range(len(clean.labels)) if i not in part]) for part in parts]
 
-    def inner(p: Sequence[Tensor], start: Sequence[Tensor] | None, tol: float) -> tuple[Tensor, ...]:
-        found: list[Tensor] = []
-        for number, pixels in enumerate(known):
-            before = (None, None) if start is None else start[2 * number : 2 * number + 2]
-            cleaner = fitted(pixels, classes, p[0], before[0], tol)
-            laws = label_step(cleaner.laws(learned.features).mT[None], learned.labels[None], p[2], void)[0].mT
-            found += [
-                cleaner.weights,
-                logistic_regression(cleaner.standard(learned.features), laws, p[1], before[1], tol),
-            ]
-        return tuple(found)
+    def spread(ridges: Sequence[Tensor]) -> Tensor:
+        """One ridge for every feature."""
+        of_image = known[0].features.shape[1] - 2 * classes
+        return torch.cat([r.expand(count) for r, count in zip(ridges, (of_image, classes, classes), strict=True)])
 
-    def outer(solution: Sequence[Tensor], p: Sequence[Tensor]) -> Tensor:
-        losses = []
-        for pixels, others, learner in zip(known, held_out, solution[1::2], strict=True):
-            laws = Cleaner(learner, *moments(pixels.features)).laws(others.features)
-            right_ones = laws.gather(1, others.labels[:, None].long())
-            losses.append(-right_ones.clamp(min=torch.finfo(laws.dtype).tiny).log().mean())
-        return torch.stack(losses).mean()
+    def inner(ridges: Sequence[Tensor], start: Sequence[Tensor] | None, tol: float) -> tuple[Tensor, ...]:
+        before = [None] * len(known) if start is None else start
+        return tuple(
+            fitted(pixels, classes, spread(ridges), w, tol).weights for pixels, w in zip(known, before, strict=True)
+        )
+
+    def by_fold(weights: Sequence[Tensor]) -> list[Cleaner]:
+        return [Cleaner(w, *moments(pixels.features)) for w, pixels in zip(weights, known, strict=True)]
+
+    def outer(weights: Sequence[Tensor], ridges: Sequence[Tensor]) -> Tensor:
+        return torch.stack(
+            [
+                cross_entropy(cleaner.logits(others.features), others.labels.long())
+                for cleaner, others in zip(by_fold(weights), held_out, strict=True)
+            ]
+        ).mean()
 
     first = tuple(torch.tensor(v, dtype=torch.float64, device=given.labels.device) for v in FIRST)
     search = bilevel(inner, outer, first, BOUNDS, TOL, max_solves)
-    ridge, _, kappa = (float(v) for v in search.parameters)
 
-    def laws_of(cleaner: Cleaner, part: Sequence[int]) -> Tensor:
-        laws = label_step(cleaner.laws(of_given).movedim(-1, 1), given.labels, kappa, void)
+    def laws_of(cleaner: Cleaner, part: Sequence[int]) -> tuple[Tensor, Tensor]:
+        q = cleaner.logits(of_given).softmax(-1).movedim(-1, 1)
+        transition = transition_from_laws(q, given.labels, void)
         unknown = (given.labels != void) & ~torch.isin(given.labels, clean.labels[part])
-        return torch.where(unknown[:, None], given_laws(given.labels, classes, void)[0].to(laws), laws)
+        own = given_laws(given.labels, classes, void)[0].to(q)
+        return torch.where(unknown[:, None], own, label_posterior(q, given.labels, transition, void)), transition
 
     everything = list(range(len(clean.labels)))
-    cleaner = fitted(right(everything), classes, ridge)
-    by_fold = (
-        Cleaner(weights, *moments(pixels.features)) for weights, pixels in zip(search.solution[::2], known, strict=True)
-    )
-    return CleanedLabels(
-        laws_of(cleaner, everything),
-        tuple(laws_of(one, part) for one, part in zip(by_fold, parts, strict=True)),
-        cleaner, kappa, ridge, search,
-    )  # fmt: skip
+    cleaner = fitted(right(everything), classes, spread(search.parameters))
+    laws, transition = laws_of(cleaner, everything)
+    fold_laws = tuple(laws_of(one, part)[0] for one, part in zip(by_fold(search.solution), parts, strict=True))
+    return CleanedLabels(laws, fold_laws, cleaner, transition, tuple(float(r) for r in search.parameters), search)
+
+
+def label_posterior(laws: Tensor, labels: Tensor, transition: Tensor, void: int = VOID) -> Tensor:
+    """d_k = q_k T_ky / sum_j q_j T_jy, Bayes' rule: laws q (n, class, *spatial), labels y (n, *spatial) -> as q.
+
+    T (class, class) has in row k the probabilities with which pixels of class k are given as each class. On void d = q.
+    """
+    valid = valid_labels(labels, laws.shape[1], void)
+    likelihood = transition.to(laws).mT[torch.where(valid, labels, 0).long()].movedim(-1, 1)
+    joint = laws * torch.where(valid[:, None], likelihood, 1)
+    return joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(laws.dtype).tiny)
+
+
+def transition_from_laws(laws: Tensor, labels: Tensor, void: int = VOID, steps: int = 100, tol: float = 1e-6) -> Tensor:
+    """The T (class, class), rows of sum 1, with which labels y are most likely: max of sum log sum_k q_k T_ky.
+
+    Laws q (n, class, *spatial), labels y (n, *spatial). Concave in T; by expectation-maximisation, whose steps are T_ky
+    = the sum of `label_posterior` for k over the pixels that are given as y, over that of all, until no entry moves by
+    more than `tol`, or for so many `steps`. It starts with q in the place of the posterior.
+    """
+    valid = valid_labels(labels, laws.shape[1], void)
+    if not bool(valid.any()):
+        raise DataError("no pixel has a label")
+    given = one_hot(labels[valid].long(), laws.shape[1]).to(laws)
+    q = laws.movedim(1, -1)[valid]
+    transition, posterior = torch.zeros_like(given[:1].mT @ given[:1]), q
+    for _ in range(steps):
+        counts = posterior.mT @ given
+        new = counts / counts.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+        moved = float((new - transition).abs().max())
+        transition = new
+        if moved <= tol:
+            break
+        joint = q * (given @ transition.mT)
+        posterior = joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    return transition
 
 
 class Pixels(NamedTuple):
@@ -190,13 +221,11 @@ class Pixels(NamedTuple):
     labels: Tensor
 
 
-def fitted(
-    pixels: Pixels, classes: int, ridge: Tensor | float, start: Tensor | None = None, tol: float = 1e-8
-) -> Cleaner:
-    """The cleaner that learns these labels, with gradients in its ridge."""
+def fitted(pixels: Pixels, classes: int, ridges: Tensor, start: Tensor | None = None, tol: float = 1e-8) -> Cleaner:
+    """The cleaner that learns these labels, with gradients in its ridges, one for each feature."""
     mean, size = moments(pixels.features)
     laws = (1 - SMOOTHING) * one_hot(pixels.labels.long(), classes).double() + SMOOTHING / classes
-    weights = logistic_regression((pixels.features - mean) / size, laws, ridge, start, tol)
+    weights = logistic_regression((pixels.features - mean) / size, laws, ridges, start, tol)
     return Cleaner(weights, mean, size)
 
 

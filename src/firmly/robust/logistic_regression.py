@@ -19,12 +19,12 @@ STEPS = 100
 def logistic_regression(
     features: Tensor, laws: Tensor, ridge: Tensor | float, start: Tensor | None = None, tol: float = 1e-10
 ) -> Tensor:
-    """W (features + 1, classes), the last row the bias b, that minimises mean CE(laws, softmax(X W + b)) + r |W|^2 / 2.
+    """The minimiser of mean CE(laws, softmax(X W + b)) + sum_j r_j |W_j|^2 / 2: (features + 1, classes), b last.
 
-    Rows X (n, features), laws (n, classes) that sum to one, and the ridge r > 0 (a number); in float64, by Newton's
-    method from `start` until no entry of the gradient is above `tol` (`NotConverged` where rounding forbids it). The
-    bias is not penalised; its sum over the classes, which no law depends on, is 0. Gradients reach laws and ridge, by
-    the implicit function theorem with the exact Hessian; second derivatives are refused.
+    Rows X (n, features), laws (n, classes) that sum to one, and ridges r > 0, one number or (features,); in float64, by
+    Newton's method from `start` until no entry of the gradient is above `tol` (`NotConverged` where rounding forbids
+    it). The bias is not penalised; its sum over the classes, which no law depends on, is 0. Gradients reach laws and
+    ridges, by the implicit function theorem with the exact Hessian; second derivatives are refused.
     """
     if features.dim() != 2 or laws.dim() != 2 or len(features) != len(laws) or laws.shape[1] < 2 or not len(laws):
         raise ShapeError(
@@ -40,22 +40,26 @@ def logistic_regression(
         raise DataError("laws are not negative and sum to one over the classes")
     wide = wide / wide.sum(1, keepdim=True)  # of single precision sums are not one: no bias would be stationary
     positive("the ridge", ridge)
-    weight = torch.as_tensor(ridge, dtype=torch.float64, device=features.device).reshape(())
+    penalty = torch.as_tensor(ridge, dtype=torch.float64, device=features.device)
+    if penalty.dim() > 1 or penalty.numel() not in (1, features.shape[1]):
+        raise ShapeError(f"the ridge is one number, or {(features.shape[1],)}; given {tuple(penalty.shape)}")
     rows = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
     first = rows.new_zeros(rows.shape[1], laws.shape[1]) if start is None else start.detach().to(rows)
     if first.shape != (rows.shape[1], laws.shape[1]):
         raise ShapeError(f"a start is {(rows.shape[1], laws.shape[1])}, given {tuple(first.shape)}")
     first = torch.cat([first[:-1], first[-1:] - first[-1].mean()])  # steps keep the sum of the bias
-    return _Minimiser.apply(wide, weight, rows, first, tol)
+    return _Minimiser.apply(wide, penalty.expand(features.shape[1]), rows, first, tol)
 
 
 def objective(rows: Tensor, laws: Tensor, ridge: Tensor, weights: Tensor) -> Tensor:
-    return -(laws * log_softmax(rows @ weights, 1)).sum() / len(rows) + ridge * weights[:-1].square().sum() / 2
+    return (
+        -(laws * log_softmax(rows @ weights, 1)).sum() / len(rows) + (ridge[:, None] * weights[:-1].square()).sum() / 2
+    )
 
 
 def gradient(rows: Tensor, laws: Tensor, ridge: Tensor, weights: Tensor) -> Tensor:
     slope = rows.mT @ ((rows @ weights).softmax(1) - laws) / len(rows)
-    slope[:-1] += ridge * weights[:-1]
+    slope[:-1] += ridge[:, None] * weights[:-1]
     return slope
 
 
@@ -68,8 +72,7 @@ def factor(rows: Tensor, ridge: Tensor, weights: Tensor) -> Tensor:
         for k in range(j + 1):
             curvature = p[:, j] * (float(j == k) - p[:, k]) / len(rows)
             hessian[j, :, k] = hessian[k, :, j] = rows.mT @ (curvature[:, None] * rows)
-    penalised = rows.new_full((count,), float(ridge))
-    penalised[-1] = 0
+    penalised = torch.cat([ridge, ridge.new_zeros(1)])
     hessian += torch.einsum("jk,ab->jakb", torch.eye(classes).to(rows), penalised.diag())
     hessian[:, -1, :, -1] += 1
     return torch.linalg.cholesky(hessian.reshape(classes * count, classes * count))
@@ -113,4 +116,4 @@ class _Minimiser(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         weights, rows, cholesky = ctx.saved_tensors
         u = solved(cholesky, cotangent)
-        return rows @ u / len(rows), -(u[:-1] * weights[:-1]).sum(), None, None, None
+        return rows @ u / len(rows), -(u[:-1] * weights[:-1]).sum(1), None, None, None
