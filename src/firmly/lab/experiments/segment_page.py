@@ -121,11 +121,11 @@ def advice(cells: Sequence[Cell], model: str, noise: str, rate: float) -> Advice
 def names(cells: Sequence[Cell]) -> str:
     """What was chosen, and how often where seeds differ."""
     counts = Counter(c.title for c in cells).most_common()
-    return counts[0][0] if len(counts) == 1 else ", ".join(f"{name} ({count})" for name, count in counts)
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{name}: {count} of {len(cells)}" for name, count in counts)
 
 
 def give_or_take(value: float, half: float | None, digits: int = 1, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
@@ -143,7 +143,7 @@ def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
                 f"{fmean(c.test for c in a.best):.1f}",
                 give_or_take(fmean(gains), interval(gains), sign="+"),
                 "" if best is None else f"{give_or_take(*best, digits=0)} %",
-                names(a.blind) + ("" if blind is None else f": {blind[0]:.0f} %"),
+                names(a.blind) + ("" if blind is None else f" ({blind[0]:.0f} % recovered)"),
                 give_or_take(fmean(costs), interval(costs)),
             ]
         )
@@ -157,8 +157,7 @@ def answer(settings: SegmentSettings, advices: Sequence[Advice]) -> Section:
         "parameter loses, in points, if all labels are right after all (negative: it gains). "
         + (
             f"Means over {settings.seeds} seeds, each with labels, networks and a choice of its own; 95 % intervals "
-            "over the seeds, paired. Numbers in parentheses after a method: its parameter, or in how many seeds it was "
-            "chosen where they differ."
+            "over the seeds, paired. Where seeds choose differently, after each method in how many it was chosen."
             if settings.seeds > 1
             else "One seed, and so no interval."
         )
