@@ -13,13 +13,16 @@ from firmly.errors import DataError, NotConverged, SettingsError, ShapeError
 
 Norm = Literal["l1", "l2", "linf"]
 SHRINK = 0.15  # of the weight of the barrier, from one problem of the path to the next
+PROVED = 1e-6  # gap that is always good enough: rounding spoils the slopes of the hinges, and with them the dual point
+ROUNDING = 1e-13  # of the objective
 STEPS = 100  # of Newton's method at most for one problem of the path
 
 
 class RobustLogistic(NamedTuple):
-    """`weight` (features,), `bias` (), and the worst-case `risk` () of these, above the least one by at most `gap`.
+    """`weight` (features,), `bias` (), and the worst-case `risk` () of these; above the least one by at most `gap`.
 
-    `price` () is how fast the risk grows with the radius. All are in double precision.
+    The gap is that to a feasible point of the dual problem. `price` () is how fast the risk grows with the radius. All
+    are in double precision.
     """
 
     weight: Tensor
@@ -62,7 +65,9 @@ def wasserstein_logistic(
     columns = [signs[:, None] * X.detach().double(), *([signs[:, None]] if intercept else [])]
     problem = Barrier(torch.cat(columns, 1), X.shape[1], norm)
     with torch.no_grad():
-        v, weight = problem.path(float(epsilon.detach()), float(cost.detach()), tol)
+        v, weight, bound = problem.path(
+            float(epsilon.detach()), float(cost.detach()), tol, signs if intercept else None
+        )
     b, bias = v[: X.shape[1]], v[X.shape[1]] if intercept else v.new_zeros(())
     with torch.no_grad():
         m = columns[0] @ b + signs * bias
@@ -70,13 +75,18 @@ def wasserstein_logistic(
         risk = epsilon * price + softplus(-m).mean()
         if bool(cost.isfinite()):
             risk = risk + (m - cost * price).clamp(min=0).mean()
+        gap = max(float(risk) - bound, 0.0)
+        if gap > max(10 * tol, PROVED):
+            raise NotConverged(
+                f"the risk is up to {gap:.3g} above the least one: standardise the features, or raise tol"
+            )
     if epsilon.requires_grad or cost.requires_grad:
         gradient, hessian = problem.derivatives(v, weight, epsilon, cost)
         v = v - torch.cholesky_solve(gradient[:, None], cholesky(hessian.detach())).squeeze(1)
         b, bias = v[: X.shape[1]], v[X.shape[1]] if intercept else bias
         of_risk = problem.value(v.detach(), weight, epsilon, cost)
         risk = risk + of_risk - of_risk.detach()
-    return RobustLogistic(b, bias, price, risk, problem.gap(weight))
+    return RobustLogistic(b, bias, price, risk, gap)
 
 
 def checked(X: Tensor, y: Tensor, radius: Tensor, kappa: Tensor, norm: Norm, tol: float) -> None:
@@ -86,6 +96,8 @@ def checked(X: Tensor, y: Tensor, radius: Tensor, kappa: Tensor, norm: Norm, tol
         )
     if not bool((y.abs() == 1).all()) or not bool(X.isfinite().all()):
         raise DataError("labels are -1 and 1, and features are finite")
+    if X.requires_grad or y.requires_grad:
+        raise DataError("derivatives are in radius and kappa, not in the samples: detach them")
     if radius.shape != () or kappa.shape != () or norm not in get_args(Norm):
         raise SettingsError(f"radius and kappa are numbers and the norm is one of {get_args(Norm)}, given {norm!r}")
     if not (bool(0 < radius) and bool(radius.isfinite()) and bool(kappa > 0)):
@@ -116,7 +128,7 @@ class Barrier:
 
         radius price + mean_i ( log(1 + exp(-m_i)) + min over s of s - w log s - w log(s - h_i) ) + w cone(b, price),
 
-    h = m - kappa price. On its minimum the objective is above the least one by at most `gap(w)`.
+    h = m - kappa price. At its minimum the objective is above the least one by at most `gap(w)`.
     """
 
     def __init__(self, margins: Tensor, features: int, norm: Norm):
@@ -126,6 +138,29 @@ class Barrier:
 
     def gap(self, weight: float) -> float:
         return weight * (2 + {"l2": 2, "l1": 2 * self.features, "linf": 2 * self.features + 1}[self.norm])
+
+    def lower_bound(self, v: Tensor, weight: float, radius: Tensor, kappa: Tensor, signs: Tensor | None) -> Tensor:
+        """The value of the dual problem, the mean entropy of a_i in [0, 1], at a feasible point near that of v.
+
+        With slopes c_i in [0, 1] of the hinges (none for an infinite kappa), feasible are
+        norm(mean (a_i - c_i) y_i x_i) + kappa mean c_i <= radius, and mean (a_i - c_i) y_i = 0 if there is a bias.
+        """
+        a, c = torch.sigmoid(-self.margins @ v), torch.zeros(len(self.margins)).to(v)
+        if bool(kappa.isfinite()):
+            c = self.hinge(self.margins @ v - kappa * v[self.price], weight)[1]
+        if signs is not None:  # what is too much in one class is taken from its a, or from its c
+            left = ((a - c) * signs).sum()
+            for slopes, side in ((a, left.sign()), (c, -left.sign())):
+                part = torch.where(signs == side, slopes, 0)
+                share = (left.abs() / part.sum()).clamp(max=1) if float(part.sum()) > 0 else part.sum()
+                slopes -= share * part
+                left = left.sign() * (left.abs() - share * part.sum()).clamp(min=0)
+        z = self.margins[:, : self.features].T @ (a - c) / len(a)
+        needed = torch.linalg.vector_norm(z, {"l1": 1, "l2": 2, "linf": math.inf}[self.norm])
+        if bool(kappa.isfinite()):
+            needed = needed + kappa * c.mean()
+        a = a * (radius / torch.maximum(needed, radius))
+        return -(torch.xlogy(a, a) + torch.xlogy(1 - a, 1 - a)).mean()
 
     def cone(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The barrier of |b|_* <= price inside it, its gradient and its Hessian."""
@@ -191,39 +226,36 @@ class Barrier:
         _, first, second = self.cone(v)
         return gradient + weight * first, hessian + weight * second
 
-    def path(self, radius: float, kappa: float, tol: float) -> tuple[Tensor, float]:
-        """The minimiser for the first weight whose gap is below tol, and this weight."""
+    def path(self, radius: float, kappa: float, tol: float, signs: Tensor | None) -> tuple[Tensor, float, float]:
+        """The minimiser for the first weight with a gap below tol, this weight, and the best lower bound on the way."""
         v = self.margins.new_zeros(self.size)
         v[self.price :] = 1 / (2 * self.features)
         v[self.price] = 1
         epsilon, cost = (torch.tensor(value, dtype=torch.float64, device=v.device) for value in (radius, kappa))
-        weight = 1.0
+        weight, bound = 1.0, 0.0
         while True:
-            v = self.minimise(v, weight, epsilon, cost, 1e-9 if self.gap(weight) <= tol else 1e-3)
+            v = self.minimise(v, weight, epsilon, cost)
+            bound = max(bound, float(self.lower_bound(v, weight, epsilon, cost, signs)))
             if self.gap(weight) <= tol:
-                return v, weight
+                return v, weight, bound
             weight *= SHRINK
 
-    def minimise(self, v: Tensor, weight: float, radius: Tensor, kappa: Tensor, accuracy: float) -> Tensor:
-        """Newton's method with a line search, until the decrement is small beside the weight of the barrier, or no
-        decrease is left above rounding.
-        """
-        value = self.value(v, weight, radius, kappa)
+    def minimise(self, v: Tensor, weight: float, radius: Tensor, kappa: Tensor) -> Tensor:
+        """Newton's method with a line search; below the rounding of the objective without one, while it converges."""
+        value, last = self.value(v, weight, radius, kappa), math.inf
         for _ in range(STEPS):
             gradient, hessian = self.derivatives(v, weight, radius, kappa)
             step = -torch.cholesky_solve(gradient[:, None], cholesky(hessian)).squeeze(1)
             decrease, length = -float(gradient @ step), 1.0
-            if decrease <= accuracy * weight:
+            if decrease <= 1e-12 * weight or (decrease <= ROUNDING and decrease > last / 4):
                 return v
             while not self.inside(v + length * step):
                 length /= 2
             found = self.value(v + length * step, weight, radius, kappa)
-            while float(found) > float(value) - 0.1 * length * decrease and length * decrease > 1e-14:
+            while length * decrease > ROUNDING and float(found) > float(value) - 0.1 * length * decrease:
                 length /= 2
                 found = self.value(v + length * step, weight, radius, kappa)
-            v, value = v + length * step, found
-            if length * decrease <= 1e-14:  # the last step is a full one of Newton's method, mostly
-                return v
+            v, value, last = v + length * step, found, decrease
         raise NotConverged(f"Newton's method needs more than {STEPS} steps at a barrier of {weight:g}: scale features")
 
     def inside(self, v: Tensor) -> bool:
