@@ -186,6 +186,7 @@ def test_means_of_many_classes_lose_little():
         exact = p if exact is None else 0.9 * exact + 0.1 * p
         store.update([0], p)
         whole.update([0], p)
+    assert exact is not None
     assert float((whole.average([0]) - exact).abs().max()) < 3e-3, "half precision"
     found = store.average([0])
     assert float((found.argmax(1) == exact.argmax(1)).double().mean()) > 0.95
