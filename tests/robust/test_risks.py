@@ -365,3 +365,15 @@ def test_the_guess_of_many_atoms_does_not_matter(kind, radius, monkeypatch):
         found = worst_case(losses, masses, divergence="chi2", radius=radius)
         assert float(found.risk) == pytest.approx(float(plain.risk), rel=1e-12)
         torch.testing.assert_close(found.weights, plain.weights, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("guess", [-0.999, -0.5, -0.1, -1e-6])
+def test_any_guess_gives_the_same_law(guess, monkeypatch):
+    from firmly.robust.divergences import Chi2
+
+    generator = torch.Generator().manual_seed(0)
+    losses, masses = torch.randn(100, generator=generator, dtype=torch.float64), torch.rand(100, generator=generator)
+    plain = worst_case(losses, masses, divergence="chi2", radius=0.5)
+    monkeypatch.setattr(Chi2, "guess", lambda self, rows: torch.full_like(rows.total, guess))
+    found = worst_case(losses, masses, divergence="chi2", radius=0.5)
+    torch.testing.assert_close(found.weights, plain.weights, rtol=1e-12, atol=0)

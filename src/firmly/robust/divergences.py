@@ -135,7 +135,7 @@ class Chi2(AmbiguitySet):
             slack = ((1 + 2 * self.size) * part - 1).clamp(min=TINY)
             rise = mean - ((second / part - mean**2).clamp(min=0) / slack).sqrt()
             eta, from_guess = eta + rise, iteration == 0 and guess is not None
-            if from_guess and not bool(((rise >= 0) | (slack > 1e-3)).all()):
+            if from_guess and not bool((slack > 1e-3).all()):
                 return self.threshold(rows, saturated)
             if not from_guess and bool((saturated | (rise <= 1e-15)).all()):
                 return eta
