@@ -18,7 +18,8 @@ from firmly.segment.labels import IGNORE, targets
 from firmly.segment.structured_hinge import Best, best_segmentation
 
 TOWARDS = 0.25  # of the way from the best weights to the minimum of the cutting planes
-ROUGH, FINE, FIRST = 0.2, 0.2, 0.02  # accuracy of segmentations: of the gap, of the gap asked for, per pixel at first
+ROUGH, FINE = 0.2, 0.2  # accuracy of segmentations: of the gap, and of the gap asked for
+FIRST, LEAST = 0.02, 2e-4  # per pixel: at first, and the finest
 
 
 class LinearSegmenter(nn.Module):
