@@ -39,7 +39,7 @@ class SegmentSettings:
     rates: tuple[float, ...] = (0.3,)
     steps: int = 200
     seeds: int = 1
-    radius: float = 0.001
+    radius: float = 0.0005
     certify_seconds: float = 10.0
     seed: int = 0
     threads: int = 1
