@@ -256,3 +256,19 @@ def test_on_a_gpu():
     here = clean_labels(given, clean, max_solves=1).laws
     there = clean_labels(*(Seen(*(part.cuda() for part in seen)) for seen in (given, clean)), max_solves=1).laws
     torch.testing.assert_close(there.cpu(), here)
+
+
+def test_laws_and_labels_that_do_not_fit_are_refused():
+    q, labels, T = torch.full((2, 3, 4, 4), 1 / 3), torch.zeros(2, 4, 4, dtype=torch.long), torch.eye(3)
+    nan = q.clone()
+    nan[0, 0, 0, 0] = torch.nan
+    for function in (transition_from_laws, lambda laws, y: label_posterior(laws, y, T)):
+        with pytest.raises(ShapeError, match="do not fit"):
+            function(q, labels[:, :1])  # would be broadcast
+        with pytest.raises(DataError, match="softmax"):
+            function(nan, labels)
+    with pytest.raises(ShapeError, match="square"):
+        label_posterior(q, labels, T[:, :2])
+    sure = torch.nn.functional.one_hot(labels + 1, 3).movedim(-1, 1).float()
+    with pytest.raises(DataError, match="impossible"):
+        label_posterior(sure, labels, T)  # was a law of sum 0

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.fixedpoint.bilevel import BilevelSolution, bilevel
 from firmly.robust.contours import contour_heights
+from firmly.robust.label_quality import checked
 from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import VOID
 from firmly.robust.pencil import given_laws, valid_labels
@@ -182,11 +183,17 @@ def label_posterior(laws: Tensor, labels: Tensor, transition: Tensor, void: int 
     """d_k = q_k T_ky / sum_j q_j T_jy, Bayes' rule: laws q (n, class, *spatial), labels y (n, *spatial) -> as q.
 
     T (class, class) has in row k the probabilities with which pixels of class k are given as each class. On void d = q.
+    Raises `DataError` for a label that is impossible: one of probability 0 from every class that q leaves possible.
     """
-    valid = valid_labels(labels, laws.shape[1], void)
+    valid, classes = checked(laws, labels, void), laws.shape[1]
+    if transition.shape != (classes, classes):
+        raise ShapeError(f"the transition of {classes} classes is a square matrix, given {tuple(transition.shape)}")
     likelihood = transition.to(laws).mT[torch.where(valid, labels, 0).long()].movedim(-1, 1)
     joint = laws * torch.where(valid[:, None], likelihood, 1)
-    return joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(laws.dtype).tiny)
+    total = joint.sum(1, keepdim=True)
+    if not bool((total > 0).all()):
+        raise DataError("some labels are impossible: raise what is 0 in the transition")
+    return joint / total
 
 
 def transition_from_laws(laws: Tensor, labels: Tensor, void: int = VOID, steps: int = 100, tol: float = 1e-6) -> Tensor:
@@ -196,7 +203,7 @@ def transition_from_laws(laws: Tensor, labels: Tensor, void: int = VOID, steps: 
     = the sum of `label_posterior` for k over the pixels that are given as y, over that of all, until no entry moves by
     more than `tol`, or for so many `steps`. It starts with q in the place of the posterior.
     """
-    valid = valid_labels(labels, laws.shape[1], void)
+    valid = checked(laws, labels, void)
     if not bool(valid.any()):
         raise DataError("no pixel has a label")
     given = one_hot(labels[valid].long(), laws.shape[1]).to(laws)
