@@ -304,27 +304,3 @@ def test_gradients_that_are_not_finite_are_refused():
         with pytest.raises(DataError, match="gradient"):
             APosteriori([p], memory=memory).step(loss=1.0)
         assert torch.equal(p.detach(), torch.ones(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_diagonal_gain_of_half_precision_parameters_is_in_single_precision(dtype):
-    def start():
-        p = nn.Parameter(torch.ones(3, dtype=dtype))
-        return p, APosteriori([p], 0.01, memory=5.0)
-
-    def learn(p, o):
-        p.grad = torch.tensor([1e-4, 0.0, 1e-3], dtype=dtype)  # squares below the range of float16
-        o.step(loss=1.0)
-
-    p, o = start()
-    learn(p, o)
-    assert o.state[p]["squares"].dtype == torch.float32 and float(o.state[p]["squares"][0]) > 0
-    torch.testing.assert_close(p.detach().float(), torch.tensor([0.99, 1.0, 0.99]), atol=4e-3, rtol=0)
-    q, resumed = start()
-    with torch.no_grad():
-        q.copy_(p)
-    resumed.load_state_dict(copy.deepcopy(o.state_dict()))
-    assert torch.equal(resumed.state[q]["squares"], o.state[p]["squares"])
-    learn(p, o)
-    learn(q, resumed)
-    assert torch.equal(p, q)

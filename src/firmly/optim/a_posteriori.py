@@ -169,11 +169,6 @@ class APosteriori(Optimizer):
             if (squares := state_dict["state"].get(i, {}).get("squares")) is not None:  # PyTorch rounds them like p
                 self.state[p]["squares"] = squares.to(p.device, copy=True)
         self._filter.load_state_dict(state_dict["filter"])
-        # PyTorch has made them half-precision where the parameters are, and squares leave its range
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, index in zip(group["params"], saved["params"], strict=True):
-                if index in state_dict["state"]:
-                    self.state[p]["squares"] = state_dict["state"][index]["squares"].clone().to(p.device)
 
 
 def wide(tensor: Tensor) -> Tensor:
