@@ -131,3 +131,12 @@ def test_bad_input_is_refused():
         class_overlaps(torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long), 2)
     with pytest.raises(SettingsError, match="scales"):
         multiscale_laws(torch.nn.Identity(), torch.ones(1, 2, 4, 4), ())
+
+
+def test_what_is_refused_leaves_no_trace():
+    adele = Adele(2)
+    with pytest.raises(DataError, match="overlaps"):
+        adele.observe(torch.tensor([0.5, 50.0]))
+    assert adele.overlaps == []
+    with pytest.raises(DataError, match="between 0 and 1"):
+        class_overlaps(torch.full((1, 2, 2), 2), torch.zeros(1, 2, 2, dtype=torch.long), 2)

@@ -53,6 +53,8 @@ class Adele:
         """
         if overlaps.shape != (self.classes,):
             raise ShapeError(f"overlaps are ({self.classes},), given {tuple(overlaps.shape)}")
+        if bool(((overlaps < 0) | (overlaps > 1)).any()):
+            raise DataError(f"overlaps lie in [0, 1], or are NaN for a class without labels; given {overlaps.tolist()}")
         self.overlaps.append(overlaps.tolist())
         for k, curve in enumerate(zip(*self.overlaps)):
             known = [value for value in curve if value == value]  # NaN: a class without labels
@@ -118,6 +120,7 @@ def class_overlaps(prediction: Tensor, labels: Tensor, classes: int, void: int =
     if prediction.shape != labels.shape:
         raise ShapeError(f"predictions {tuple(prediction.shape)} do not fit labels {tuple(labels.shape)}")
     valid = valid_labels(labels, classes, void)
+    valid_labels(torch.where(valid, prediction, 0), classes, void)
     pairs = torch.bincount(labels[valid].long() * classes + prediction[valid].long(), minlength=classes**2)
     counts = pairs.reshape(classes, classes).double()
     both, labelled = counts.diagonal(), counts.sum(1)
