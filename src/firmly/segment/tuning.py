@@ -218,6 +218,9 @@ def tuned(
 ) -> tuple[Tuned, Tensor]:
     """Tune through `scores(p, start, tol) -> (scores of the clean images, what they were found with)`."""
     images = clean.images.double()
+    known = clean.labels.sum(1) > 0 if clean.labels.is_floating_point() else clean.labels != IGNORE
+    if not bool(known.any()):
+        raise DataError("no pixel of the clean images has a label")
     ranges = {name: checked(name, r) for name, r in hyperparameters.items() if isinstance(r, Range)}
     if not ranges:
         raise SettingsError("nothing to tune: give a Range(start, low, high) for one hyperparameter at least")
