@@ -215,6 +215,9 @@ def test_bad_input_is_refused():
         tune_segmenter(Labelled(given.images, given.labels * 0), Labelled(clean.images, clean.labels * 0))
     with pytest.raises(DataError, match="NaN"):
         tune_segmenter(Labelled(given.images * math.nan, given.labels), clean, nn.Identity())
+    for nothing in (torch.full_like(clean.labels, 255), torch.zeros(1, 3, 8, 8)):
+        with pytest.raises(DataError, match="clean images"):
+            tune_energy(randn(1, 3, 8, 8), Labelled(clean.images, nothing))
     soft = Labelled(given.images, nn.functional.one_hot(given.labels, 3).movedim(-1, 1).double())
     kappa = {**RIDGE, "kappa": Range(1.0, 0.1, 10.0)}
     with pytest.raises(DataError, match="class numbers"):
