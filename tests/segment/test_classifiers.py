@@ -164,3 +164,16 @@ def test_bad_input_is_refused():
         PixelFeatures((0.0,))
     with pytest.raises(ShapeError, match="2 or 3-D"):
         PixelFeatures()(torch.ones(1, 1, 5))
+
+
+def test_cutting_planes_with_coupling():
+    """Rough and fine training prove intervals that hold the same minimum, in a moderate number of planes."""
+    images, maps = blobs(2, size=14, noise=0.8)
+    features = torch.from_numpy(images)[:, None]
+    batch = Batch(torch.cat([features, features**2], 1), torch.from_numpy(maps), None)
+    rough, fine = (fit_hinge([batch], 3, C=100.0, coupling=0.5, tol=tol) for tol in (3e-2, 3e-3))
+    assert rough.converged and fine.converged and rough.iterations < fine.iterations < 80
+    assert fine.objective <= rough.objective <= fine.objective + rough.gap + 1e-9
+    assert rough.objective - rough.gap <= fine.objective
+    easy = fit_hinge([Batch(batch.features, torch.from_numpy(maps * 0 + (maps > 5)), None)], 2, C=100.0, coupling=0.5)
+    assert easy.converged  # one class only: however small the objective is
