@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from firmly.errors import SettingsError, ShapeError
+from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.optim import AdaptationGain, Dag, ImplicitStep, RecursiveLeastSquares, presets
 from firmly.optim.gain_profiles import ConstantTrace, Decreasing, Forgetting, MatrixGain
 
@@ -197,6 +199,9 @@ class Wide:
             ShapeError, "a direction has the shape",
             lambda: ImplicitStep(torch.zeros(2, 2)).update(torch.zeros(2, 2), torch.zeros(2), Wide()),
         ),
+        (DataError, "not finite", lambda: ImplicitStep(torch.zeros(2)).update(torch.ones(2), math.nan, 1.0)),
+        (DataError, "not finite", lambda: ImplicitStep(torch.zeros(2)).update(math.inf * torch.ones(2), 0.0, 1.0)),
+        (DataError, "definite", lambda: ImplicitStep(torch.zeros(2)).update(torch.ones(2), 0.0, -torch.eye(2))),
         (ShapeError, "or a matrix", lambda: ImplicitStep(torch.zeros(2)).update(torch.zeros(2), 0.0, torch.eye(3))),
     ],
 )  # fmt: skip

@@ -8,8 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from firmly.errors import SettingsError, ShapeError
+from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.optim.adaptation_gain import AdaptationGain
+
+ROUNDING = 1e-6  # of phi' F phi, beside |phi| |F phi|
 
 
 class PredictionErrors(NamedTuple):
@@ -39,8 +41,9 @@ class ImplicitStep:
     Without leakage, if `gain.pr()`, sum eps^2 is bounded for every constant positive definite F and every sequence of
     regressors, and if not, for a number F = f where f max|phi|^2 gain.shortage() < 1 (data without noise; proofs in
     the docs). Leading dimensions of `theta` (..., n) are a batch. Two more vectors are kept, `filtered` and
-    `filtered_before`. Raises `SettingsError` for a leakage outside [0, 1) and for unstable poles. Source: Landau,
-    Airimitoaie, Vau, Buche, arXiv 2404.12672.
+    `filtered_before`. Raises `SettingsError` for a leakage outside [0, 1) and for unstable poles, `DataError`
+    for observations that are not finite and for phi' F phi < 0. Source: Landau, Airimitoaie, Vau, Buche, arXiv
+    2404.12672.
     """
 
     def __init__(self, theta: Tensor, gain: AdaptationGain | None = None, leakage: float = 0.0):
@@ -77,7 +80,12 @@ class ImplicitStep:
             raise ShapeError(
                 f"y has the shape {tuple(phi.shape[:-1])} of the batch, given {tuple(torch.as_tensor(y).shape)}"
             )
-        posterior = prior / (1 + (phi * direction).sum(-1))
+        size = (phi * direction).sum(-1)
+        if not bool(size.isfinite().all() and torch.as_tensor(y).isfinite().all()):
+            raise DataError("y or phi' F phi is not finite: nothing was learned from this observation")
+        if not bool((size >= -ROUNDING * phi.norm(dim=-1) * direction.norm(dim=-1)).all()):
+            raise DataError(f"phi' F phi is {float(size.min()):.3g}: F is not positive definite")
+        posterior = prior / (1 + size)
         correction = direction * posterior.unsqueeze(-1)
         self.theta = theta + correction
         self.filtered, self.filtered_before = known + correction, self.filtered
