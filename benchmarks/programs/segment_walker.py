@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # the environment of
 
 from firmly.errors import NotConverged
 from firmly.segment import contrast_weights
-from firmly.segment.random_walker import laplacian, solve_unmarked, start_of
+from firmly.segment.random_walker import harmonic, laplacian, start_of
 
 BETA = 5e4  # scikit-image divides by 10 standard deviations, and adds 1e-10 to the weights
 
@@ -44,8 +44,7 @@ def problem(side: int) -> tuple[np.ndarray, np.ndarray]:
 def ours(weights: torch.Tensor, markers: np.ndarray, tol: float) -> np.ndarray:
     """The solution before anything is cut off."""
     x, marked = start_of(weights, torch.from_numpy(np.where(markers == 0, 255, markers - 1))[None], 2, 255)
-    x = x + solve_unmarked(weights, marked, -laplacian(x, weights) * ~marked, tol, 10_000)
-    return x[0].numpy()
+    return harmonic(weights, x, marked, tol, 10_000)[0].numpy()
 
 
 def theirs(volume: np.ndarray, markers: np.ndarray, tol: float, mode: str) -> np.ndarray:

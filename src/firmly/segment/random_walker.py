@@ -88,15 +88,23 @@ class _Walker(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, x: Tensor, marked: Tensor, settings: tuple[float, int]) -> Tensor:
         ctx.settings = settings
-        x = x + solve_unmarked(weights, marked, -laplacian(x, weights) * ~marked, *settings)
+        x = harmonic(weights, x, marked, *settings)
         ctx.save_for_backward(weights, marked, x)
         return x
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         weights, marked, x = ctx.saved_tensors
-        u = solve_unmarked(weights, marked, cotangent * ~marked, *ctx.settings)
-        return -(differences(u) * differences(x)).sum(1).sum_to_size(weights.shape), None, None, None
+        of_others = cotangent[:, :-1] - cotangent[:, -1:]  # the last class is 1 - the others
+        u = solve_unmarked(weights, marked, of_others * ~marked, *ctx.settings)
+        return -(differences(u) * differences(x[:, :-1])).sum(1).sum_to_size(weights.shape), None, None, None
+
+
+def harmonic(weights: Tensor, markers: Tensor, marked: Tensor, tol: float, max_iterations: int) -> Tensor:
+    """One-hot markers continued to the unmarked pixels; the last class is what the others leave."""
+    x = markers[:, :-1]
+    x = x + solve_unmarked(weights, marked, -laplacian(x, weights) * ~marked, tol, max_iterations)
+    return torch.cat([x, 1 - x.sum(1, keepdim=True)], 1)
 
 
 def solve_unmarked(weights: Tensor, marked: Tensor, right: Tensor, tol: float, max_iterations: int) -> Tensor:

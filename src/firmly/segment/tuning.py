@@ -49,8 +49,8 @@ class Labelled(NamedTuple):
 
 
 class TuningStep(NamedTuple):
-    """One trial: hyperparameters, the loss on the clean images, its gradient in the logarithms of the hyperparameters,
-    and the largest relative residual of the linear systems that this gradient took.
+    """One trial: hyperparameters, the loss on the clean images, its gradient in the logarithms of the hyperparameters
+    (NaN at the very end of a range), and the largest relative residual of the systems for the derivative of weights.
     """
 
     hyperparameters: dict[str, float]
@@ -248,7 +248,8 @@ def tuned(
         slopes = {}
         for name, (_, low, high) in ranges.items():
             share = float(trial.parameters[name].sigmoid())
-            slopes[name] = float(trial.gradient[name]) / (math.log(high / low) * share * (1 - share))
+            width = math.log(high / low) * share * (1 - share)  # 0 at an end of the range
+            slopes[name] = float(trial.gradient[name]) / width if width > 0 else math.nan
         history.append(TuningStep(p, trial.objective, slopes, max(residuals, default=0.0)))
         residuals.clear()
 
