@@ -10,6 +10,7 @@ from torch import nn
 
 from firmly.data import covtype
 from firmly.errors import SettingsError
+from firmly.lab.experiments import optim_linear
 from firmly.lab.experiments import optim_page as page
 from firmly.lab.experiments.bregman_data import Samples, Split
 from firmly.lab.experiments.optim import OptimSettings, grid, read, tasks
@@ -395,6 +396,15 @@ def test_all_rates_at_once_are_single_runs():
         nn.functional.softplus(-margin).backward()
         optimizer.step()
     assert logistic(phi, signs, [0.1]).accuracies[0] == pytest.approx(right / 300)
+
+
+def test_rates_that_diverge_are_errors_and_leave_the_others_alone(monkeypatch):
+    monkeypatch.setattr(optim_linear, "DIVERGED", 1e6)
+    stream = electricity(3000, 0.1)
+    phi, signs = regressors(stream.x), 2 * stream.labels - 1
+    gain = AdaptationGain((), (0.99,))
+    both, alone = a_posteriori(phi, signs, gain, [1e-4, 10.0]), a_posteriori(phi, signs, gain, [1e-4])
+    assert both.accuracies[0] == alone.accuracies[0] > 0.6 and both.accuracies[1] < 0.3
 
 
 def test_what_is_proved_stable():

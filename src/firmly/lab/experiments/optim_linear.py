@@ -24,6 +24,7 @@ GAINS: dict[str, AdaptationGain] = {
     "a posteriori, heavy ball 0.9": presets.heavy_ball(0.9).gain,
 }
 LOGISTIC = "logistic SGD"
+DIVERGED = 1e290  # a parameter, soon not finite
 
 
 class Swept(NamedTuple):
@@ -48,16 +49,23 @@ def regressors(x: Tensor) -> Tensor:
 
 
 def a_posteriori(phi: Tensor, signs: Tensor, gain: AdaptationGain, rates: Sequence[float]) -> Swept:
-    """Regression of labels -1 and 1 by `ImplicitStep`, all rates at once; what is not finite counts as an error."""
+    """Regression of labels -1 and 1 by `ImplicitStep`, all rates at once.
+
+    Where parameters pass `DIVERGED`, everything counts as an error from then on.
+    """
     n = phi.shape[1]
     F = torch.tensor(list(rates), dtype=phi.dtype)[:, None, None] * torch.eye(n, dtype=phi.dtype)
     model = ImplicitStep(phi.new_zeros(len(rates), n), gain)
-    right = torch.zeros(len(rates), dtype=torch.int64)
+    right, lost = torch.zeros(len(rates), dtype=torch.int64), torch.zeros(len(rates), dtype=torch.bool)
     targets = signs.to(phi.dtype)[:, None].expand(-1, len(rates))
     for row, y in zip(phi.unbind(), targets.unbind()):
         wide = row.expand(len(rates), n)
-        right += (model.predict(wide) * y) > 0
+        right += ((model.predict(wide) * y) > 0) & ~lost
         model.update(wide, y, F)
+        if bool((gone := model.theta.abs().amax(-1) > DIVERGED).any()):
+            lost |= gone
+            for state in (model.theta, model.filtered, model.filtered_before):
+                state[gone] = 0.0
     return Swept(list(rates), (right.double() / len(phi)).tolist())
 
 
