@@ -243,6 +243,11 @@ def test_bad_input_is_refused():
         clean_labels(given, clean._replace(labels=torch.full_like(clean.labels, 255)))
     with pytest.raises(DataError, match="no pixel"):
         transition_from_laws(given.scores.softmax(1), torch.full_like(given.labels, 255))
+    for seen in (given._replace(images=given.images * torch.nan), given._replace(scores=given.scores * torch.nan)):
+        with pytest.raises(DataError, match="NaN"):
+            clean_labels(seen, clean, max_solves=1)
+    with pytest.raises(ShapeError, match="channels"):
+        clean_labels(given._replace(images=given.images.expand(-1, 2, -1, -1)), clean)
     with pytest.raises(SettingsError, match="row"):
         clean_labels(given, clean, rows=0)
     for folds in ([[0, 1, 2, 3]], [[]], [[0, 0]], [[9]], []):

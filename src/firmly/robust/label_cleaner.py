@@ -82,6 +82,8 @@ def cleaner_features(images: Tensor, scores: Tensor) -> Tensor:
             f"{tuple(scores.shape)}"
         )
     laws = log_softmax(scores.double(), 1).clamp(min=LEAST)
+    if not bool(images.isfinite().all() and laws.isfinite().all()):
+        raise DataError("the images or the scores contain NaN or infinite values")
     heights = contour_heights(scores.argmax(1), scores.shape[1]).clamp(-REACH, REACH)
     image = PixelFeatures(SCALES, padding="replicate")(images.double())
     return torch.cat([image, laws, heights.to(image.device)], 1)
@@ -118,6 +120,8 @@ def clean_labels(
         if seen.scores.shape != (len(seen.labels), classes, *seen.labels.shape[1:]):
             raise ShapeError(f"scores {tuple(seen.scores.shape)} do not fit labels {tuple(seen.labels.shape)}")
         valid_labels(seen.labels, classes, void)
+    if given.images.shape[1] != clean.images.shape[1]:
+        raise ShapeError(f"images have {given.images.shape[1]} channels, the clean ones {clean.images.shape[1]}")
     parts = checked_folds(folds, len(clean.labels))
     if rows < 1:
         raise SettingsError(f"a regression sees at least one row, given {rows}")
