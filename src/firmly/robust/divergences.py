@@ -139,7 +139,7 @@ class Chi2(AmbiguitySet):
                 return self.threshold(rows, saturated)
             if not from_guess and bool((saturated | (rise <= 1e-15)).all()):
                 return eta
-            held = held.above(eta)
+            held = held.above(eta) if bool((part < 0.25).all()) else held
         raise NotConverged(f"the dual of a chi-square ball of radius {self.size:g} did not settle")
 
     def guess(self, rows: Rows) -> Tensor | None:
@@ -235,7 +235,12 @@ def excess_moments(rows: Rows, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mass (rows, 1) of the losses above eta, and the sums of their excess over it and of its square."""
     mass_above, first, second = (torch.zeros_like(eta) for _ in range(3))
     for _, scaled, mass in rows.pieces():
-        excess = (scaled - eta).clamp_(min=0)
+        excess = scaled.sub_(eta).clamp_(min=0)  # a piece is a copy
+        if rows.masses is None:
+            first += mass * excess.sum(1, keepdim=True)
+            second += mass * torch.linalg.vecdot(excess, excess).unsqueeze(1)
+            mass_above += mass * excess.sign_().sum(1, keepdim=True)
+            continue
         weighted = mass * excess
         mass_above += (mass * excess.sign()).sum(1, keepdim=True)
         first += weighted.sum(1, keepdim=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from firmly.errors import DataError
 
-PIECE = 1 << 17  # atoms; on a CPU, temporaries of ten million would cost more than the arithmetic
+PIECE = 1 << 16  # atoms; on a CPU, temporaries of ten million would cost more than the arithmetic
 FEW_ROWS = 32
 
 Part = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ class Rows:
 
     def scaled(self, losses: Tensor) -> Tensor:
         """Losses on the scale of the sums, equal ones to equal numbers."""
-        return (losses.double() - self.high).mul_(1 / self.unit)
+        return losses.to(torch.float64, copy=True).sub_(self.high).mul_(1 / self.unit)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Where, the scaled losses (0 where nothing exists), and the nominal masses, of sum one over all pieces."""
