@@ -234,12 +234,11 @@ def tuned(
             found[name] = low * (math.log(high / low) * places[name].sigmoid()).exp()
         return found
 
-    def inner(p: Mapping[str, Tensor], start: Any, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    def inner(p: Mapping[str, Tensor], start: Any, tol: float) -> tuple[Tensor, Tensor]:
         given, by = scores(p, None if start is None else start[1], tol)
-        weighted = isinstance(hyperparameters.get("contrast", 0.0), Range) or kept["contrast"] > 0
         layer = EntropicTV(p["coupling"], p["temperature"], search.accuracy)
-        x = layer(given, contrast_weights(images, p["contrast"]) if weighted else None)
-        return x, by, torch.stack([q.detach() for q in p.values()])
+        weights = contrast_weights(images, p["contrast"]) if bool(p["contrast"] > 0) else None
+        return layer(given, weights), by
 
     history: list[TuningStep] = []
 
