@@ -28,7 +28,6 @@ WALKS = (  # side, solver, tolerance, least weight
     (101, "cg_j", 1e-3, 1e-10),
     (101, "cg_j", 1e-5, 1e-10),
     (41, "firmly", 1e-14, 1e-4),
-    (41, "firmly", 1e-12, 1e-10),
     (41, "cg_j", 1e-5, 1e-10),
 )
 LIMIT_S = 3000.0
