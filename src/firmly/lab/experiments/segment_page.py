@@ -223,8 +223,8 @@ def how(settings: SegmentSettings, data: Problem) -> str:
         "The coupling of total variation comes from firmly.bilevel, too, on the half that does not judge, for the "
         "scores of plain cross-entropy. 'sup-CVaR' is the wrong sense for wrong labels, and never chosen; nor are "
         "networks that were trained on clean slices ('then clean slices', 'clean slices alone'): the slices that judge "
-        "them are neighbours. All networks learn for the same number of batches; 'cleaned labels' and 'forward correction' "
-        "need that of plain cross-entropy before. Networks are certified where a bound is of use; that the labels are "
-        "right is certified nowhere."
+        "them are neighbours. All networks learn for the same number of batches; 'cleaned labels' and 'forward "
+        "correction' need that of plain cross-entropy before. Networks are certified where a bound is of use; that the "
+        "labels are right is certified nowhere."
         + (" Of SVM-TV, 'cross-entropy' is the hinge loss." if "SVM-TV" in settings.models else "")
     )
