@@ -159,6 +159,19 @@ def test_the_weights_that_predict_are_those_of_the_outputs():
     assert len(chosen) == 4
 
 
+def test_batch_statistics_count_every_batch_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None), nn.ReLU(), nn.Linear(4, 2)).double()
+    learner, means = StreamLearner.hybrid(net, nn.functional.cross_entropy), []
+    net[0].register_forward_hook(lambda layer, inputs, outputs: means.append(outputs.detach().mean(0)))
+    learned = []
+    for x in torch.randn(6, 8, 3, dtype=torch.float64):
+        learner.learn(x, (x[:, 0] > 0).long())
+        learned.append(means[-1])  # of the pass that is learned from, the last one of its batch
+    assert learner.forwards > learner.batches == int(net[1].num_batches_tracked)
+    torch.testing.assert_close(net[1].running_mean, torch.stack(learned).mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_the_size_of_weights():
     two, one = torch.full((2, 3), 0.5), torch.full((4,), 7.0)
     assert weight_size([two, one]) == pytest.approx(0.5) and weight_size([one]) == pytest.approx(7.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ class StreamLearner:
         balance = self.feedback if isinstance(self.feedback, Balance) else None
         averaged = None
         if balance is not None and balance.due():  # before the pass that is differentiated: it replaces parameters
-            with torch.no_grad(), balance.averaged():
+            with torch.no_grad(), balance.averaged(), restored(self.model.buffers()):
                 averaged = self._forward(inputs, targets)
         found = self._forward(inputs, targets)
         loss_value(found[1])  # what is learned from; the average may still be well where the parameters are not
@@ -175,6 +175,17 @@ class StreamLearner:
     def _parts(self) -> dict[str, Any]:
         parts = {"feedback": self.feedback, "event": self.event, "change": self.change}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+@contextmanager
+def restored(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Within, buffers may change; afterwards they are as before, so that batch statistics count each batch once."""
+    pairs = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, kept in pairs:
+            buffer.copy_(kept)
 
 
 def weight_size(parameters: Iterable[Tensor]) -> float:
