@@ -172,6 +172,16 @@ def test_batch_statistics_count_every_batch_once():
     torch.testing.assert_close(net[1].running_mean, torch.stack(learned).mean(0), rtol=1e-12, atol=1e-12)
 
 
+def test_batches_that_are_skipped_are_not_compared_again():
+    torch.manual_seed(0)
+    x = torch.randn(200, 8, 3, dtype=torch.float64)
+    learner = StreamLearner.hybrid(nn.Linear(3, 2).double(), nn.functional.cross_entropy, threshold=0.9)
+    for batch in x:
+        learner.learn(batch, (batch[:, 0] > 0).long())
+    assert learner.skipped > 20
+    assert learner.forwards - learner.batches <= learner.backwards + 1
+
+
 def test_the_size_of_weights():
     two, one = torch.full((2, 3), 0.5), torch.full((4,), 7.0)
     assert weight_size([two, one]) == pytest.approx(0.5) and weight_size([one]) == pytest.approx(7.0)

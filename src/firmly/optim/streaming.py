@@ -22,6 +22,7 @@ from firmly.optim.loss_value import loss_value
 from firmly.optim.presets import nesterov
 
 LOWEST, HIGHEST = 0.02, 0.18  # rates of the hybrid, in units of the root mean square of the weights
+COUNTS = ("batches", "forwards", "backwards", "compared")
 MEMORY = 100.0  # steps over which the hybrid averages the squares of gradients
 
 
@@ -68,6 +69,7 @@ class StreamLearner:
         self.batches = self.forwards = self.backwards = 0
         self.changes: list[int] = []
         self._window_sum, self._window_count = 0.0, 0
+        self.compared = -1  # steps taken at the last comparison: while batches are skipped there is nothing to compare
         self._takes_loss = "loss" in inspect.signature(optimizer.step).parameters
 
     @classmethod
@@ -101,7 +103,9 @@ class StreamLearner:
         """Predicts one batch, scores it, and learns from it."""
         balance = self.feedback if isinstance(self.feedback, Balance) else None
         averaged = None
-        if balance is not None and balance.due():  # before the pass that is differentiated: it replaces parameters
+        if balance is not None and balance.due() and balance.steps != self.compared:
+            # before the pass that is differentiated: it replaces parameters
+            self.compared = balance.steps
             with torch.no_grad(), balance.averaged(), restored(self.model.buffers()):
                 averaged = self._forward(inputs, targets)
         found = self._forward(inputs, targets)
@@ -160,12 +164,12 @@ class StreamLearner:
     def state_dict(self) -> dict[str, Any]:
         """The counts and the state of the parts; model and optimiser are saved beside it."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        counts = {name: getattr(self, name) for name in ("batches", "forwards", "backwards")}
+        counts = {name: getattr(self, name) for name in COUNTS}
         return {**counts, "changes": list(self.changes), "window": (self._window_sum, self._window_count), **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        for name in ("batches", "forwards", "backwards"):
+        for name in COUNTS:
             setattr(self, name, state[name])
         self.changes = list(state["changes"])
         self._window_sum, self._window_count = state["window"]
