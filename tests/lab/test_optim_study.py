@@ -1,4 +1,4 @@
-"""The study of optimisers: its scores by hand, its data, fair choices, and runs that go on where they stopped."""
+"""The study of optimisers: its scores by hand, fair choices, the goal, and runs that go on where they stopped."""
 
 from __future__ import annotations
 
@@ -8,25 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from firmly.data import covtype
 from firmly.errors import SettingsError
 from firmly.lab.experiments import optim_linear
 from firmly.lab.experiments import optim_page as page
 from firmly.lab.experiments.bregman_data import Samples, Split
-from firmly.lab.experiments.optim import OptimSettings, grid, read, tasks
-from firmly.lab.experiments.optim_data import Chunks, Stream, chunked, electricity, forest, incremental, whole
-from firmly.lab.experiments.optim_gains import FILTERS, dc_gain
+from firmly.lab.experiments.optim import OptimSettings, grid, read
+from firmly.lab.experiments.optim_data import Stream, chunked, electricity, incremental
 from firmly.lab.experiments.optim_goal import beside, verdict
 from firmly.lab.experiments.optim_linear import a_posteriori, linear_section, logistic, regressors
 from firmly.lab.experiments.optim_methods import (
-    Horizon,
     Method,
-    Stepping,
-    cosine,
-    each_chunk,
-    feedback,
     methods,
-    missing,
 )
 from firmly.lab.experiments.optim_runs import THOROUGH, Clock, Compared, Kept, Record, Size, choice, compare
 from firmly.lab.experiments.optim_scores import area, kappa_temporal, reached, recovery, width, windowed
@@ -74,63 +66,6 @@ def test_recovery():
     assert reached(curve, [20], [0.6], 50) == [10.0]
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
-
-
-def test_streams():
-    pytest.importorskip("sklearn", reason="needs scikit-learn, the extra `sklearn`")
-    settings = OptimSettings(length=600, parts=3, first=0.3, task=("stream", "permuted"))
-    assert tasks(settings) == ["rotating", "permuted", "elec2", "covtype"]
-    rotating, permuted = read("rotating", settings), read("permuted", settings)
-    assert isinstance(rotating, Stream) and isinstance(permuted, Stream)
-    assert permuted.drifts == (200, 400) and rotating.drifts == ()
-    torch.testing.assert_close(rotating.labels, permuted.labels)
-    torch.testing.assert_close(rotating.x[0], permuted.x[0], rtol=0, atol=1e-5)  # neither has changed yet
-    original = read("permuted", OptimSettings(length=600, parts=2, first=0.5))
-    assert isinstance(original, Stream)
-    assert sorted(permuted.x[299].tolist()) == sorted(original.x[299].tolist())
-    assert not torch.equal(permuted.x[299], original.x[299])
-
-
-def test_turned_pictures():
-    pytest.importorskip("sklearn", reason="needs scikit-learn, the extra `sklearn`")
-    from firmly.lab.experiments.optim_data import _repeated, rotating
-
-    _, x, _ = _repeated("digits", 301, 0)
-    turned = rotating("digits", 301, 0).x.reshape(-1, 8, 8)
-    torch.testing.assert_close(turned[0], x[0, 0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(turned[-1], x[-1, 0].flip(0, 1), rtol=0, atol=1e-5)
-    quarter = x[150, 0]
-    assert min(float((turned[150] - quarter.rot90(k)).abs().max()) for k in (1, 3)) < 1e-5
-
-
-def test_spirals_need_nothing():
-    data = read("spirals", OptimSettings(train=40, test=20))
-    assert isinstance(data, Chunks) and data.samples == 40 and data.classes == 2 and len(data.chunks) == 1
-
-
-def labelled(count: int, classes: int) -> Samples:
-    labels = torch.arange(count) % classes
-    return Samples(torch.arange(count).float()[:, None], labels)
-
-
-def test_chunks():
-    split = Split("x", labelled(23, 5), labelled(7, 5), labelled(11, 5), 5, None)
-    found = chunked(split, 4)
-    assert [c.x.flatten().tolist() for c in found.chunks] == [list(range(5 * k, 5 * k + 5)) for k in range(4)]
-    assert found.samples == 20 and len(found.tests) == 4 and found.validation is split.validation
-    alone = whole(split)
-    assert alone.chunks == (split.train,) and alone.tests == (split.test,) and not alone.incremental
-
-
-def test_classes_come_in_pairs():
-    found = incremental(Split("x", labelled(26, 6), labelled(12, 6), labelled(18, 6), 6, None))
-    assert [sorted(c.labels.unique().tolist()) for c in found.chunks] == [[0, 1], [2, 3], [4, 5]]
-    assert {len(c.x) for c in found.chunks} == {8}
-    assert [t.labels.unique().tolist() for t in found.tests] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
-    assert found.validation.labels.unique().tolist() == [0, 1] and found.incremental
-
-
 def test_what_is_scored_in_chunks(tmp_path):
     kept = Kept(RunFolder(tmp_path), "x", lambda: None)
     x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
@@ -141,19 +76,6 @@ def test_what_is_scored_in_chunks(tmp_path):
         assert len(found.curve) == 4 and found.backward == found.forward
         assert found.final == found.curve[-1][1] and found.mean == pytest.approx(sum(v for _, v in found.curve) / 4)
         assert found.score == getattr(found, score) and 0 < found.chosen_by[0] <= 1
-
-
-def test_forests_are_scaled_by_their_first_part():
-    stream = forest(1000, 0.2)
-    torch.testing.assert_close(stream.x[:200, :10].mean(0), torch.zeros(10), rtol=0, atol=1e-4)
-    assert sorted(stream.x[:, 10:].unique().tolist()) == [0, 1] and stream.classes == 7
-    torch.testing.assert_close(stream.x[:, 10:], covtype().x[:1000, 10:])
-    assert float(covtype().x[0, 0]) == 2596  # the data themselves are left alone
-    assert (
-        stream.no_change()
-        != stream.no_change(0.5)
-        == float((stream.labels[501:] == stream.labels[500:-1]).double().mean())
-    )
 
 
 # -- slow steps ------------------------------------------------------------------------------------------------------
@@ -203,76 +125,6 @@ class Twice(torch.optim.SGD):
         assert closure is not None
         closure()
         return super().step(closure)
-
-
-def test_electricity_is_scaled_by_its_first_part():
-    stream = electricity(1000, 0.1)
-    torch.testing.assert_close(stream.x[:100, :3].mean(0), torch.zeros(3), rtol=0, atol=1e-4)
-    again = electricity(2000, 0.05)
-    torch.testing.assert_close(stream.x, again.x[:1000])
-
-
-# -- methods -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)
-def test_every_method_learns(method):
-    torch.manual_seed(0)
-    net = nn.Linear(3, 2)
-    x, labels = torch.randn(32, 3), torch.arange(32) % 2
-    x[:, 0] += 4 * labels
-    learner = method.start(net, 0.05, Horizon(60, 10, 30))
-    losses = []
-    for step in range(60):
-        with learner.predicting():
-            before = net(x)
-        outputs, loss = learner.learn(x, labels)
-        torch.testing.assert_close(outputs, before, rtol=1e-5, atol=1e-6)
-        assert not outputs.requires_grad
-        losses.append(loss)
-        if step % 10 == 9:
-            learner.end_window(sum(losses[-10:]) / 10)
-    assert losses[-1] < losses[0] and learner.backward <= 60 <= learner.forward
-    assert learner.backward == 60 or "skipping" in method.name
-    with learner.predicting():
-        assert not net(x).requires_grad
-
-
-def test_cosine_ends_at_zero_and_feedback_doubles():
-    net, x, labels = nn.Linear(1, 2), torch.ones(4, 1), torch.zeros(4).long()
-    for schedule, end in ((cosine, 0.0), (feedback, 0.4)):
-        learner = Method("", torch.optim.SGD, schedule).start(net, 0.1, Horizon(4, 2))
-        assert isinstance(learner, Stepping)
-        for step in range(4):
-            learner.learn(x, labels)
-            if step % 2:
-                learner.end_window(1.0 / (step + 1))
-        assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(end, abs=1e-12)
-
-
-def test_feedback_that_is_told_of_drifts_begins_again():
-    net, x, labels = nn.Linear(1, 2), torch.ones(4, 1), torch.zeros(4).long()
-    learner = Method("", torch.optim.SGD, each_chunk).start(net, 0.1, Horizon(12, 2, 6))
-    assert isinstance(learner, Stepping)
-    rates = []
-    for step in range(8):
-        learner.learn(x, labels)
-        if step % 2:
-            learner.end_window(1.0 / (step + 1))
-            rates.append(learner.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.2, 0.4, 0.1, 0.2])
-
-
-def test_peers_of_packages_are_named_when_absent():
-    names = [m.name for m in methods()]
-    assert len(set(names)) == len(names)
-    assert ("Prodigy" in names) == ("prodigyopt" not in missing())
-
-
-def test_dc_gains():
-    assert dc_gain(FILTERS["PID (3, 100, 0.9)"]) == pytest.approx(31)
-    assert dc_gain(FILTERS["momentum 0.9"]) == pytest.approx(dc_gain(FILTERS["Nesterov 0.9"])) == pytest.approx(10)
-    assert dc_gain(FILTERS["Dag, heavy ball 1/3"]) == pytest.approx(1.5)
 
 
 # -- the protocol ---------------------------------------------------------------------------------------------------
