@@ -42,7 +42,6 @@ from firmly.robust.label_store import LabelStore, View
 from firmly.robust.label_wasserstein import LabelRisk, Wasserstein, label_risk
 from firmly.robust.linear_wasserstein import RobustLogistic, wasserstein_logistic
 from firmly.robust.linf_prox import linf_prox
-from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import (
     active_passive,
     backward_correction,
@@ -74,6 +73,7 @@ from firmly.robust.precision import Precision, SpectralDouglasRachford, robust_p
 from firmly.robust.risks import risk, worst_case
 from firmly.robust.staple import Staple, staple
 from firmly.robust.t_loss import TLoss
+from firmly.segment.logistic_regression import logistic_regression
 
 __all__ = [
     "Adele",

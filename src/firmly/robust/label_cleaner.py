@@ -13,10 +13,10 @@ from firmly.errors import DataError, SettingsError, ShapeError
 from firmly.fixedpoint.bilevel import BilevelSolution, bilevel
 from firmly.robust.contours import contour_heights
 from firmly.robust.label_quality import checked
-from firmly.robust.logistic_regression import logistic_regression
 from firmly.robust.losses import VOID
 from firmly.robust.pencil import given_laws, valid_labels
 from firmly.segment.features import PixelFeatures
+from firmly.segment.logistic_regression import logistic_regression
 
 SCALES = (1.0, 2.0, 4.0)  # of the features of images, in pixels
 REACH = 4.0  # pixels from a contour, beyond which distances are all alike

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from firmly.errors import DataError
-from firmly.prox.prior import sum_over_sample
+from firmly.prox.prior import positive, sum_over_sample
 from firmly.segment.energy import EntropicTV
 from firmly.segment.fenchel_young import loss_and_minimum
 from firmly.segment.grid import both_ends, contrast_weights, differences, edge_bounds
 from firmly.segment.labels import IGNORE, targets
+from firmly.segment.logistic_regression import newton
 from firmly.segment.structured_hinge import Best, best_segmentation
 
 TOWARDS = 0.25  # of the way from the best weights to the minimum of the cutting planes
 ROUGH, FINE = 0.2, 0.2  # accuracy of segmentations: of the gap, and of the gap asked for
 FIRST, LEAST = 0.02, 2e-4  # per pixel: at first, and the finest
+FEW = 500  # weights, up to which Newton's method is the faster one
 
 
 class LinearSegmenter(nn.Module):
@@ -106,15 +108,22 @@ def fit_logistic(
     """min over (W, b, coupling >= 0) of |W|^2 / 2 + C (sum of Fenchel-Young losses) / (number of labelled pixels).
 
     Jointly convex; a `coupling` that is given is kept. L-BFGS-B on the exact gradients, with the duals of the images
-    kept from one step to the next, until no entry of the projected gradient is above `tol`.
+    kept from one step to the next, until no entry of the projected gradient is above `tol`. Without coupling, and with
+    few weights, by Newton's method.
     """
     import numpy as np
     from scipy.optimize import minimize
 
+    positive("C", C)
     features = batches[0].features.shape[1]
     count = count_valid(batches, ignore)
     start = np.zeros(classes * (features + 1) + 1)
     start[-1] = 0.0 if coupling is None else coupling
+    if coupling == 0 and len(start) <= FEW:
+        plain = fit_pixels(batches, classes, C, ignore, tol, max_iter)
+        if plain.converged or plain.iterations == max_iter:
+            return plain
+        start[:-1] = torch.cat([plain.weight.flatten(), plain.bias]).numpy()
     duals: list[Tensor | None] = [None] * len(batches)
 
     def unpacked(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +154,19 @@ def fit_logistic(
     gradient = np.where((found.x == 0) & (np.arange(len(start)) == len(start) - 1), np.minimum(found.jac, 0), found.jac)
     gap = float(np.abs(gradient).max())
     return Fit(weight.clone(), bias.clone(), float(beta), float(found.fun), gap, int(found.nit), gap <= tol)
+
+
+def fit_pixels(batches: list[Batch], classes: int, C: float, ignore: int, tol: float, max_iter: int) -> Fit:
+    """`fit_logistic` without coupling, multinomial logistic regression of the labelled pixels, by Newton's method."""
+    rows, laws = [], []
+    for features, labels, _ in batches:
+        y, valid = targets(labels, features[:, :1].expand(-1, classes, *labels.shape[1:]), ignore)
+        rows.append(torch.cat([features, torch.ones_like(features[:, :1])], 1).movedim(1, -1)[valid])
+        laws.append(y.movedim(1, -1)[valid])
+    start = rows[0].new_zeros(rows[0].shape[1], classes)
+    found = newton(torch.cat(rows), torch.cat(laws), start[1:, 0] + 1 / C, start, tol / C, max_iter)
+    weight, gap = found.weights.mT.cpu(), C * found.slope
+    return Fit(weight[:, :-1].clone(), weight[:, -1].clone(), 0.0, C * found.value, gap, found.steps, gap <= tol)
 
 
 def fit_hinge(
