@@ -12,7 +12,7 @@ from firmly.errors import DataError, NotConverged, ShapeError
 from firmly.once_differentiable import once_differentiable
 from firmly.prox.prior import positive
 
-STEPS = 100
+STEPS, HALVINGS = 100, 34
 BLOCK = 1 << 18  # numbers at once, which a cache holds
 
 
@@ -65,25 +65,23 @@ def newton(rows: Tensor, laws: Tensor, ridge: Tensor, start: Tensor, tol: float,
 
     Rows (n, features + 1) end with 1; laws (n, classes), ridge (features,), start (features + 1, classes), in float64.
     """
-    here = objective(rows, laws, ridge, start)
-    for step in range(steps):
-        slope = float(here.gradient.abs().max())
-        if slope <= tol:
-            return Newton(here.weights, slope, here.value, step)
+    here, taken = objective(rows, laws, ridge, start), 0
+    while here.slope > tol and taken < steps:
         ahead = next_point(rows, laws, ridge, here)
         if ahead is None:
-            return Newton(here.weights, slope, here.value, step)
-        here = ahead
-    return Newton(here.weights, float(here.gradient.abs().max()), here.value, steps)
+            break
+        here, taken = ahead, taken + 1
+    return Newton(here.weights, here.slope, here.value, taken)
 
 
 class Point(NamedTuple):
-    """Weights, the laws that they give the rows, the objective and its gradient."""
+    """Weights, the laws that they give the rows, the objective, its gradient and the largest entry of that."""
 
     weights: Tensor
     p: Tensor
     value: float
     gradient: Tensor
+    slope: float
 
 
 def objective(rows: Tensor, laws: Tensor, ridge: Tensor, weights: Tensor) -> Point:
@@ -93,22 +91,20 @@ def objective(rows: Tensor, laws: Tensor, ridge: Tensor, weights: Tensor) -> Poi
     p = log_p.exp()
     gradient = rows.mT @ (p - laws) / len(rows)
     gradient[:-1] += penalised
-    return Point(weights, p, float(value), gradient)
+    return Point(weights, p, float(value), gradient, float(gradient.abs().max()))
 
 
 def next_point(rows: Tensor, laws: Tensor, ridge: Tensor, here: Point) -> Point | None:
-    """By a Newton step that is halved until the objective falls; None where no step is found."""
+    """By a Newton step that is halved until the objective falls, or the gradient where rounding hides that; or None."""
     cholesky, failed = torch.linalg.cholesky_ex(hessian(rows, ridge, here.p))
     if int(failed):
         return None
     direction = solved(cholesky, here.gradient)
     descent = float((direction * here.gradient).sum())
-    if descent <= 1e-10 * max(1.0, abs(here.value)):  # the gradient tells where the objective no longer does
-        ahead = objective(rows, laws, ridge, here.weights - direction)
-        return ahead if float(ahead.gradient.abs().max()) < float(here.gradient.abs().max()) else None
-    for halvings in range(34):
+    hidden = descent <= 1e-10 * max(1.0, abs(here.value))
+    for halvings in range(HALVINGS):
         ahead = objective(rows, laws, ridge, here.weights - direction / 2**halvings)
-        if ahead.value <= here.value - 1e-4 * descent / 2**halvings:
+        if ahead.value <= here.value - 1e-4 * descent / 2**halvings or (hidden and ahead.slope < here.slope):
             return ahead
     return None
 
