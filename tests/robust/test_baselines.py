@@ -198,3 +198,12 @@ def test_refusals():
         transition_from_clean(torch.rand(1, 2, 4, 4).softmax(1), torch.full((1, 4, 4), 2))
     with pytest.raises(SettingsError, match="power"):
         normalised_dice(torch.rand(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), 3.0)
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p * float("nan"), torch.log, lambda p: 2 * p])
+def test_transitions_are_not_estimated_from_what_is_no_law(spoil):
+    p = torch.full((1, 3, 2, 2), 1 / 3, dtype=torch.float64)
+    with pytest.raises(DataError, match="softmax"):
+        transition_from_clean(spoil(p), torch.zeros(1, 2, 2, dtype=torch.int64))
+    with pytest.raises(DataError, match="softmax"):
+        transition_from_anchors(spoil(p))

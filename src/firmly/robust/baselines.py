@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from firmly.errors import SettingsError, ShapeError
+from firmly.robust.label_quality import checked, refuse_other_than_laws
 from firmly.robust.losses import VOID, cross_entropy, log_probabilities
 from firmly.robust.noise_models import valid_labels
 from firmly.robust.pencil import given_laws
@@ -43,6 +44,7 @@ def transition_from_anchors(probabilities: Tensor, quantile: float = 0.97, mask:
     pixels = pixels.flatten(0, -2) if mask is None else pixels[mask]
     if len(pixels) == 0:
         raise SettingsError("no valid pixel to take anchors from")
+    refuse_other_than_laws(pixels)
     place = min(int(quantile * len(pixels)), len(pixels) - 1)
     anchors = pixels.sort(0).indices[place]
     return pixels[anchors] / pixels[anchors].sum(1, keepdim=True)
@@ -50,10 +52,7 @@ def transition_from_anchors(probabilities: Tensor, quantile: float = 0.97, mask:
 
 def class_sums(probabilities: Tensor, labels: Tensor, void: int) -> tuple[Tensor, Tensor]:
     """The sums (class, class) of the probabilities over the pixels of every label, and their numbers (class,)."""
-    classes = probabilities.shape[1]
-    if labels.shape != (probabilities.shape[0], *probabilities.shape[2:]):
-        raise ShapeError(f"labels {tuple(labels.shape)} do not fit probabilities {tuple(probabilities.shape)}")
-    valid = valid_labels(labels, classes, void)
+    classes, valid = probabilities.shape[1], checked(probabilities, labels, void)
     pixels, given = probabilities.detach().double().movedim(1, -1)[valid], labels[valid].long()
     rows = pixels.new_zeros(classes, classes).index_add(0, given, pixels)
     return rows, torch.bincount(given, minlength=classes).to(rows)

@@ -157,7 +157,11 @@ def checked(probabilities: Tensor, labels: Tensor, void: int) -> Tensor:
             "and (batch, class, *spatial)"
         )
     valid = valid_labels(labels, probabilities.shape[1], void)
-    pixels = probabilities.movedim(1, -1)[valid]
+    refuse_other_than_laws(probabilities.movedim(1, -1)[valid])
+    return valid
+
+
+def refuse_other_than_laws(pixels: Tensor) -> None:
+    """Raises `DataError` unless the rows are laws of the classes; scores and NaN are none."""
     if not bool((pixels >= 0).all()) or not bool(((pixels.sum(1) - 1).abs() <= 1e-3).all()):
         raise DataError("probabilities are not negative and sum to one over the classes: apply the softmax first")
-    return valid
