@@ -77,5 +77,3 @@ def repair(
         f"{max_steps} steps did not bring the bound below the budget of {budget:g} (it is {value.item():.4g}): "
         "raise budget_epochs or the budget"
     )
-
-

@@ -21,7 +21,7 @@ def ssim(image: Tensor, truth: Tensor, peak: float = 1.0) -> Tensor:
     Source: Wang, Bovik, Sheikh and Simoncelli, Image quality assessment, 2004, section III.
     """
     channels = image.shape[1]
-    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=image.dtype, device=image.device) ** 2 / (2 * 1.5**2))
+    window = torch.exp(-(torch.arange(-5.0, 6.0, dtype=image.dtype, device=image.device) ** 2) / (2 * 1.5**2))
     window = window / window.sum()
 
     def local_mean(x: Tensor) -> Tensor:

@@ -134,11 +134,7 @@ STUDY = Study(
             models="logistic-TV", noises="regions", methods="cleaned labels", steps=20, certify_seconds=1.0
         ),
         "default": SegmentSettings(),
-        "table": SegmentSettings(methods=",".join(METHODS), seeds=5, steps=300),
-        "full": SegmentSettings(
-            models=",".join(MODELS), noises=",".join(NOISES), methods=",".join(METHODS), rates=(0.1, 0.3, 0.5),
-            seeds=5, steps=300,
-        ),
+        "full": SegmentSettings(methods=",".join(METHODS), seeds=5, steps=300),
     },
     told,
     run,
