@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import firmly
 from firmly.certificates import Certificate
@@ -70,7 +70,8 @@ def print_study(results: dict[str, Any], out: Console) -> None:
     page = from_values(results["page"])
     out.print(page.headline, style="bold")
     for block in (b for s in page.sections for b in s.blocks if isinstance(b, PageTable)):
-        table = Table(*block.columns, box=None, header_style="dim", title=block.caption or None, title_justify="left")
+        columns = [Column(name, overflow="fold") for name in block.columns]  # a word cut short may be the answer
+        table = Table(*columns, box=None, header_style="dim", title=block.caption or None, title_justify="left")
         for index, row in enumerate(block.rows):
             table.add_row(*map(cell, row), style="bold" if index in block.ours else "")
         out.print(table)
