@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.programs.linf_step import ternary
-from firmly.robust import linf_prox
+from benchmarks.programs.linf_step import compared
 
 SIZES = (10, 100, 3 * 16 * 16)
-REPEATS = 5
 
 
 def main(cases: int) -> list[dict[str, Any]]:
@@ -25,22 +21,10 @@ def main(cases: int) -> list[dict[str, Any]]:
         problem = boxed(cases, size)
         low, high = problem[3:]
         exact = torch.cat([by_all_pieces(*(part[k : k + 20] for part in problem)) for k in range(0, cases, 20)])
-        methods: dict[str, Callable[[], Tensor]] = {
-            "guesses": lambda p=problem: linf_prox(*p, sort=False),
-            "sorting": lambda p=problem: linf_prox(*p, sort=True),
-            "ternary": lambda p=problem: ternary(*p),
-        }
         solution = exact.abs().amax(1, keepdim=True)
         held = ((exact == low) | (exact == high)) & (exact.abs() < solution)
         row: dict[str, Any] = {"cases": cases, "entries": size, "boxes active in": int(held.any(1).sum())}
-        times: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(REPEATS):
-            for name, method in methods.items():
-                started = time.process_time()
-                p = method()
-                times[name].append(1e3 * (time.process_time() - started))
-                row[f"error of {name}"] = float((p - exact).abs().max())
-        found.append(row | {f"ms {name}": sorted(ms)[REPEATS // 2] for name, ms in times.items()})
+        found.append(row | compared(problem, exact))
     return found
 
 
